@@ -1,0 +1,1 @@
+"""The client: tokenize, embed, send through the swarm, sample, decode."""

@@ -1,0 +1,90 @@
+"""Every constant of LLMasOS, with its unit and where it comes from, and the settings of each role.
+
+A name ends in its unit: `_s` seconds, `_bytes`, `_tokens`, `_per_s`. "measured" refers to docs/log.md.
+"""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+# --- the wire: what a peer accepts from a stranger -------------------------------------------------------------------
+
+MAX_FRAME_BYTES = 64 * 2**20
+"""Largest frame read or written: 1,024 tokens of the widest models in use (16,384 hidden, float32) fit."""
+MAX_HIDDEN = 65_536
+"""Largest hidden size in a tensor header; the widest published model has 18,432."""
+MAX_STEP_TOKENS = 16_384
+"""Most rows in one step. Clients send prompts in much smaller chunks (`ClientConfig.prompt_chunk_tokens`)."""
+MAX_STREAMS_PER_PEER = 512
+"""Streams that one remote peer may hold open here; a gateway with 256 sessions needs as many."""
+
+# --- announcements ---------------------------------------------------------------------------------------------------
+
+LEASE_S = 20.0
+"""Life of a record. A killed peer is gone from every view after at most this long (the promise is 30 s)."""
+ANNOUNCE_EVERY_S = LEASE_S / 3
+"""A record survives two lost announcements."""
+MAX_LEASE_S = 120.0
+"""A record that claims to live longer than this is refused, so that nobody can pin a ghost."""
+MAX_RECORD_BYTES = 2_048
+"""A record of a peer with eight addresses is about 700 bytes."""
+REJOIN_EVERY_S = 45.0
+"""How often the bootstrap peers are asked again: without it a restarted bootstrap splits the DHT (measured)."""
+LOOKUP_TIMEOUT_S = 10.0
+"""A DHT look-up has no deadline of its own and can be hung by one bad node (measured)."""
+
+# --- sessions --------------------------------------------------------------------------------------------------------
+
+SESSION_LEASE_S = 15.0
+"""A session that sends neither a step nor a ping for this long is closed and its kv freed."""
+PING_EVERY_S = SESSION_LEASE_S / 3
+CONNECT_TIMEOUT_S = 5.0
+"""p2pd gives up a dial to a silent address after 5 s (measured)."""
+
+
+@dataclass(frozen=True, slots=True)
+class NetworkConfig:
+    """Where a process listens, whom it joins, and who it is."""
+
+    host: str = "127.0.0.1"
+    port: int = 0
+    join: tuple[str, ...] = ()
+    identity: Path | None = None
+    listen: bool = True
+    """False for clients: they dial out, take no inbound connection and store nothing for the DHT."""
+
+
+@dataclass(frozen=True, slots=True)
+class PeerConfig:
+    """What one peer serves and how much of the machine it may use."""
+
+    model: str = "smollm2"
+    blocks: str = "0:12"
+    name: str = ""
+    device: str = "auto"
+    dtype: str = "auto"
+    quantize: str = "none"
+    kv_tokens: int | None = None
+    """Room for cached tokens; None takes a quarter of the free memory, at most `MAX_AUTO_KV_TOKENS`."""
+    max_batch_tokens: int = 256
+    """Rows of one forward pass. Large enough that a prompt runs at the speed of matrix products, small enough that
+    a decoding session beside it waits for one pass of it at most."""
+    drain_timeout_s: float = 30.0
+    network: NetworkConfig = field(default_factory=NetworkConfig)
+
+
+MAX_AUTO_KV_TOKENS = 131_072
+"""More than this one CPU peer cannot decode at a useful speed anyway."""
+
+
+@dataclass(frozen=True, slots=True)
+class ClientConfig:
+    """How a client builds routes and how long it waits."""
+
+    prompt_chunk_tokens: int = 128
+    """Prompts travel in chunks of this many tokens, all in flight at once: hop 2 works on the first while hop 1 does
+    the second. Smaller chunks fill the pipeline sooner, larger ones use the matrix units better."""
+    step_timeout_s: float = 30.0
+    """Deadline of one step through the whole route before any step time is known."""
+    refresh_every_s: float = 5.0
+    """Age at which the view of the swarm is looked up again in the background."""
+    join_timeout_s: float = 20.0

@@ -1,0 +1,1 @@
+"""Task scheduling: which peers a request goes through. Standard library only; imports in milliseconds."""

@@ -1,0 +1,193 @@
+"""Messages <-> bytes. No I/O here, and nothing but bounds is decided.
+
+A frame is one version byte and one MessagePack map; its `type` says which message it is. Tensors travel as raw
+little-endian bytes inside it and are decoded without a copy. What arrives is checked once, here: unknown types,
+missing or ill-typed fields, absurd sizes and tensors whose bytes do not match their shape raise `FrameError`.
+Unknown fields are ignored, so that a newer peer may say more than an older one understands.
+
+Who says what, on the stream that a client opens to each hop of its route:
+
+    client                          peer
+      Open   ──────────────────────▶        admit a session on some of its blocks
+             ◀──────────────────────  Opened | Failed
+      Step   ──────────────────────▶        activations for positions [position, position + tokens)
+             ◀──────────────────────  Result | Failed     from the last hop, or from every hop when relaying
+      Ping   ──────────────────────▶        keeps the lease of an idle session
+             ◀──────────────────────  Pong
+      Close  ──────────────────────▶        end of the session; so is the end of the stream
+
+and on the stream that a hop opens to the next one:
+
+      Attach ──────────────────────▶        "what follows belongs to that session"
+      Step   ──────────────────────▶
+             ◀──────────────────────  Failed
+"""
+
+from math import prod
+from typing import Annotated, Literal
+
+import msgspec
+
+from llmasos.config import MAX_FRAME_BYTES, MAX_HIDDEN, MAX_STEP_TOKENS
+
+VERSION = 1
+PROTOCOL = f"llmasos/{VERSION}"
+
+DType = Literal["float32", "bfloat16", "float16"]
+ITEM_BYTES: dict[str, int] = {"float32": 4, "bfloat16": 2, "float16": 2}
+
+Count = Annotated[int, msgspec.Meta(ge=0, le=2**31)]
+Index = Annotated[int, msgspec.Meta(ge=0, le=2**20)]
+Id = Annotated[str, msgspec.Meta(min_length=1, max_length=128)]
+Text = Annotated[str, msgspec.Meta(max_length=2048)]
+Rows = Annotated[int, msgspec.Meta(ge=0, le=MAX_STEP_TOKENS)]
+Width = Annotated[int, msgspec.Meta(ge=1, le=MAX_HIDDEN)]
+Address = Annotated[str, msgspec.Meta(max_length=256)]
+Seconds = Annotated[float, msgspec.Meta(ge=0, le=86_400)]
+
+
+class FrameError(ValueError):
+    """The bytes are not a message of this protocol."""
+
+
+class Tensor(msgspec.Struct, frozen=True):
+    """Activations of `(tokens, hidden)`, row-major, little-endian."""
+
+    dtype: DType
+    shape: tuple[Rows, Width]
+    data: memoryview
+
+    def __post_init__(self) -> None:
+        expected = prod(self.shape) * ITEM_BYTES[self.dtype]
+        if self.data.nbytes != expected:
+            raise ValueError(f"a {self.dtype} tensor of {self.shape} has {expected} bytes, not {self.data.nbytes}")
+
+    @property
+    def tokens(self) -> int:
+        return self.shape[0]
+
+    @property
+    def hidden(self) -> int:
+        return self.shape[1]
+
+
+class Contact(msgspec.Struct, frozen=True):
+    """A peer and where to find it: its multiaddrs without the trailing peer id."""
+
+    peer: Id
+    addresses: Annotated[tuple[Address, ...], msgspec.Meta(max_length=16)] = ()
+
+
+class Message(msgspec.Struct, frozen=True, tag_field="type", kw_only=True):
+    """Base of all messages; `type` on the wire is the class name in lower case."""
+
+
+class Open(Message, frozen=True, tag="open"):
+    """Admit session `session` on the blocks `start:end` of the checkpoint `digest`.
+
+    `tokens` is what the session expects to hold at most; the peer reserves room for it. Steps arrive on this
+    stream or on one that `upstream` attaches. Output goes to `downstream`, or back on this stream where that is None.
+    """
+
+    session: Id
+    digest: Id
+    dtype: DType
+    start: Index
+    end: Index
+    tokens: Count
+    upstream: Id | None = None
+    downstream: Contact | None = None
+
+
+class Opened(Message, frozen=True, tag="opened"):
+    """The session is admitted. `kv_free_tokens` is the room left after it."""
+
+    kv_free_tokens: Count
+
+
+class Attach(Message, frozen=True, tag="attach"):
+    """The frames that follow on this stream are steps of `session`, sent by its previous hop."""
+
+    session: Id
+
+
+class Step(Message, frozen=True, tag="step"):
+    """Activations for the positions `[position, position + tokens)` of a session.
+
+    `step` numbers the steps of a session from zero; the same number again gets the same answer. `keep` is how many
+    trailing rows the client wants back from the last hop: 1 while decoding, 0 for an inner chunk of a prompt.
+    A position below the length of the kv cache first cuts the cache back to it.
+    """
+
+    step: Count
+    position: Count
+    keep: Count
+    hidden: Tensor
+
+
+class Result(Message, frozen=True, tag="result"):
+    """What a route made of step `step`: the last `keep` rows after the final block."""
+
+    step: Count
+    hidden: Tensor
+
+
+ErrorCode = Literal["bad_request", "unsupported", "refused", "fault", "next_hop_lost", "unknown_session"]
+
+
+class Failed(Message, frozen=True, tag="failed"):
+    """The peer cannot do what was asked.
+
+    `bad_request` is the sender's mistake; `refused` means full or draining, try elsewhere or after
+    `retry_after_s`; `next_hop_lost` names in `peer` the hop that could not be reached; `fault` is our own.
+    """
+
+    code: ErrorCode
+    message: Text
+    step: Count | None = None
+    peer: Id | None = None
+    retry_after_s: Seconds = 0.0
+
+
+class Ping(Message, frozen=True, tag="ping"):
+    """Keeps a lease, or measures a round trip. `padding` makes it as large as what is to be measured."""
+
+    nonce: Count = 0
+    padding: bytes = b""
+
+
+class Pong(Message, frozen=True, tag="pong"):
+    """Answers a Ping with what it carried."""
+
+    nonce: Count = 0
+    padding: bytes = b""
+
+
+class Close(Message, frozen=True, tag="close"):
+    """The session ends; its kv is free at once."""
+
+
+AnyMessage = Open | Opened | Attach | Step | Result | Failed | Ping | Pong | Close
+
+_encoder = msgspec.msgpack.Encoder()
+_decoder: msgspec.msgpack.Decoder[AnyMessage] = msgspec.msgpack.Decoder(AnyMessage)
+_VERSION_BYTE = bytes([VERSION])
+
+
+def encode(message: AnyMessage) -> bytes:
+    """One frame. Raises FrameError when it would be larger than any peer accepts."""
+    buffer = bytearray(_VERSION_BYTE)
+    _encoder.encode_into(message, buffer, 1)
+    if len(buffer) > MAX_FRAME_BYTES:
+        raise FrameError(f"a frame of {len(buffer)} bytes is over the limit of {MAX_FRAME_BYTES}")
+    return bytes(buffer)
+
+
+def decode(frame: bytes) -> AnyMessage:
+    """The message in a frame; its tensors view the frame's memory. Raises FrameError, never anything else."""
+    if not frame or frame[0] != VERSION:
+        raise FrameError(f"not a frame of version {VERSION}: it begins with {frame[:1].hex() or 'nothing'}")
+    try:
+        return _decoder.decode(memoryview(frame)[1:])
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+        raise FrameError(f"not a message: {error}") from error
