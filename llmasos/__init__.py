@@ -1,1 +1,70 @@
-"""LLMasOS: an operating system for large language models over a swarm of peers."""
+"""LLMasOS: an operating system for large language models over a swarm of peers.
+
+from llmasos import LLMasOS
+
+with LLMasOS(endpoint="/ip4/…/p2p/12D3Koo…") as client:
+    print(client.generate_text(prompt="The world is", max_length=100))
+
+What is listed in `__all__` is the public interface. The client is imported when it is first used, so that
+`import llmasos` costs milliseconds and a process pays for torch only if it computes.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+from llmasos.errors import (
+    CheckpointError,
+    ConnectionLostError,
+    LLMasOSError,
+    MissingBlocksError,
+    ModelError,
+    PeerError,
+    PeerFaultError,
+    PeerRefusedError,
+    PeerTimeoutError,
+    SwarmError,
+    SwarmUnreachableError,
+    UnknownModelError,
+    UnsupportedModelError,
+    UsageError,
+)
+
+if TYPE_CHECKING:
+    from llmasos.client.client import AsyncLLMasOS, LLMasOS
+    from llmasos.client.generate import Generation
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "AsyncLLMasOS",
+    "CheckpointError",
+    "ConnectionLostError",
+    "Generation",
+    "LLMasOS",
+    "LLMasOSError",
+    "MissingBlocksError",
+    "ModelError",
+    "PeerError",
+    "PeerFaultError",
+    "PeerRefusedError",
+    "PeerTimeoutError",
+    "SwarmError",
+    "SwarmUnreachableError",
+    "UnknownModelError",
+    "UnsupportedModelError",
+    "UsageError",
+    "__version__",
+]
+
+_LAZY = {
+    "AsyncLLMasOS": "llmasos.client.client",
+    "Generation": "llmasos.client.generate",
+    "LLMasOS": "llmasos.client.client",
+}
+
+
+def __getattr__(name: str) -> object:
+    home = _LAZY.get(name)
+    if home is None:
+        raise AttributeError(f"module 'llmasos' has no attribute {name!r}")
+    return getattr(import_module(home), name)

@@ -37,6 +37,10 @@ LOOKUP_TIMEOUT_S = 10.0
 SESSION_LEASE_S = 15.0
 """A session that sends neither a step nor a ping for this long is closed and its kv freed."""
 PING_EVERY_S = SESSION_LEASE_S / 3
+MAX_PENDING_TOKENS = 4_096
+"""Rows that one session may have waiting on a peer; beyond it the peer stops reading from whoever sends them."""
+ATTACH_TIMEOUT_S = 5.0
+"""How long a link may wait for the session it belongs to: the client opens all hops at once, so they may cross."""
 CONNECT_TIMEOUT_S = 5.0
 """p2pd gives up a dial to a silent address after 5 s (measured)."""
 

@@ -11,7 +11,9 @@ Who says what, on the stream that a client opens to each hop of its route:
       Open   ──────────────────────▶        admit a session on some of its blocks
              ◀──────────────────────  Opened | Failed
       Step   ──────────────────────▶        activations for positions [position, position + tokens)
-             ◀──────────────────────  Result | Failed     from the last hop, or from every hop when relaying
+             ◀──────────────────────  Result | Failed     from the last hop, or from every hop that relays
+      Reroute ─────────────────────▶        its neighbours have changed
+      Replay ──────────────────────▶        send the next hop again what you produced
       Ping   ──────────────────────▶        keeps the lease of an idle session
              ◀──────────────────────  Pong
       Close  ──────────────────────▶        end of the session; so is the end of the stream
@@ -19,10 +21,10 @@ Who says what, on the stream that a client opens to each hop of its route:
 and on the stream that a hop opens to the next one:
 
       Attach ──────────────────────▶        "what follows belongs to that session"
-      Step   ──────────────────────▶
-             ◀──────────────────────  Failed
+      Step   ──────────────────────▶        failures are told to the client, on its own stream
 """
 
+from collections.abc import Sequence
 from math import prod
 from typing import Annotated, Literal
 
@@ -70,6 +72,20 @@ class Tensor(msgspec.Struct, frozen=True):
     def hidden(self) -> int:
         return self.shape[1]
 
+    def rows(self, start: int, end: int) -> "Tensor":
+        """The rows `[start, end)`, as a view."""
+        row_bytes = self.hidden * ITEM_BYTES[self.dtype]
+        return Tensor(self.dtype, (end - start, self.hidden), self.data[start * row_bytes : end * row_bytes])
+
+
+def join_rows(parts: Sequence[Tensor]) -> Tensor:
+    """The rows of all parts, one after the other; a single part is returned as it is. They must be alike."""
+    if len(parts) == 1:
+        return parts[0]
+    first = parts[0]
+    data = b"".join(part.data for part in parts)
+    return Tensor(first.dtype, (sum(part.tokens for part in parts), first.hidden), memoryview(data))
+
 
 class Contact(msgspec.Struct, frozen=True):
     """A peer and where to find it: its multiaddrs without the trailing peer id."""
@@ -86,7 +102,8 @@ class Open(Message, frozen=True, tag="open"):
     """Admit session `session` on the blocks `start:end` of the checkpoint `digest`.
 
     `tokens` is what the session expects to hold at most; the peer reserves room for it. Steps arrive on this
-    stream or on one that `upstream` attaches. Output goes to `downstream`, or back on this stream where that is None.
+    stream, or on one that the peer `upstream` attaches. Output goes to `downstream`; where that is None it comes back
+    on this stream: the last `keep` rows, or all of them when the client is to `relay` them to the next hop itself.
     """
 
     session: Id
@@ -97,6 +114,7 @@ class Open(Message, frozen=True, tag="open"):
     tokens: Count
     upstream: Id | None = None
     downstream: Contact | None = None
+    relay: bool = False
 
 
 class Opened(Message, frozen=True, tag="opened"):
@@ -116,13 +134,15 @@ class Step(Message, frozen=True, tag="step"):
 
     `step` numbers the steps of a session from zero; the same number again gets the same answer. `keep` is how many
     trailing rows the client wants back from the last hop: 1 while decoding, 0 for an inner chunk of a prompt.
-    A position below the length of the kv cache first cuts the cache back to it.
+    A position below the length of the kv cache first cuts the cache back to it. `replay` counts the hops, from this
+    one on, that compute the step in order to catch up: the last of them answers the client and sends nothing on.
     """
 
     step: Count
     position: Count
     keep: Count
     hidden: Tensor
+    replay: Count = 0
 
 
 class Result(Message, frozen=True, tag="result"):
@@ -130,6 +150,23 @@ class Result(Message, frozen=True, tag="result"):
 
     step: Count
     hidden: Tensor
+
+
+class Reroute(Message, frozen=True, tag="reroute"):
+    """From now on steps come from `upstream` (or the client) and output goes as `Open` says. Answered by nothing."""
+
+    upstream: Id | None = None
+    downstream: Contact | None = None
+    relay: bool = False
+
+
+class Replay(Message, frozen=True, tag="replay"):
+    """Send downstream, as steps `step`, `step + 1`, … of `chunk` rows each, the rows `[0, until)` that you produced."""
+
+    step: Count
+    until: Count
+    chunk: Annotated[int, msgspec.Meta(ge=1, le=MAX_STEP_TOKENS)]
+    hops: Count
 
 
 ErrorCode = Literal["bad_request", "unsupported", "refused", "fault", "next_hop_lost", "unknown_session"]
@@ -167,7 +204,7 @@ class Close(Message, frozen=True, tag="close"):
     """The session ends; its kv is free at once."""
 
 
-AnyMessage = Open | Opened | Attach | Step | Result | Failed | Ping | Pong | Close
+AnyMessage = Open | Opened | Attach | Step | Result | Reroute | Replay | Failed | Ping | Pong | Close
 
 _encoder = msgspec.msgpack.Encoder()
 _decoder: msgspec.msgpack.Decoder[AnyMessage] = msgspec.msgpack.Decoder(AnyMessage)

@@ -1,0 +1,56 @@
+"""What a session has sent along one link: rows by position, kept so that they can be sent again.
+
+Each hop keeps its own outputs, and the client its own inputs; so when a hop dies, the one before it can bring a
+replacement up to date, and no other block has to be computed again.
+"""
+
+from bisect import bisect_right
+from collections.abc import Iterator
+
+from llmasos.wire import Tensor, join_rows
+
+
+class History:
+    """Rows `[0, length)` in the parts in which they came. Holds what it is given: no copies."""
+
+    def __init__(self) -> None:
+        self._starts: list[int] = []
+        self._parts: list[Tensor] = []
+
+    @property
+    def length(self) -> int:
+        """The position behind the last row."""
+        return self._starts[-1] + self._parts[-1].tokens if self._parts else 0
+
+    def write(self, position: int, rows: Tensor) -> None:
+        """Put `rows` at `position`, dropping everything from there on. Raises ValueError when that leaves a hole."""
+        self.cut(position)
+        if position > self.length:
+            raise ValueError(f"rows at {position}, but the history ends at {self.length}")
+        if rows.tokens:
+            self._starts.append(position)
+            self._parts.append(rows)
+
+    def cut(self, length: int) -> None:
+        """Drop the rows from position `length` on."""
+        keep = bisect_right(self._starts, length - 1)
+        del self._starts[keep:], self._parts[keep:]
+        if self._parts and self.length > length:
+            self._parts[-1] = self._parts[-1].rows(0, length - self._starts[-1])
+
+    def read(self, start: int, end: int) -> Tensor:
+        """The rows `[start, end)`. Raises ValueError for an empty range or one that is not all there."""
+        if not 0 <= start < end <= self.length:
+            raise ValueError(f"rows {start}:{end} of a history of {self.length}")
+        first = bisect_right(self._starts, start) - 1
+        parts: list[Tensor] = []
+        for begin, part in zip(self._starts[first:], self._parts[first:], strict=True):
+            if begin >= end:
+                break
+            parts.append(part.rows(max(start - begin, 0), min(end - begin, part.tokens)))
+        return join_rows(parts)
+
+    def chunks(self, until: int, tokens: int) -> Iterator[tuple[int, Tensor]]:
+        """The rows `[0, until)` in order, as (position, rows) of at most `tokens` rows each."""
+        for start in range(0, until, tokens):
+            yield start, self.read(start, min(start + tokens, until))

@@ -1,0 +1,48 @@
+"""What a peer tells the swarm about itself, and when."""
+
+import asyncio
+import json
+import logging
+from collections.abc import Callable
+
+from llmasos.config import ANNOUNCE_EVERY_S, LEASE_S
+from llmasos.network import Network
+from llmasos.routing.directory import MODELS_TOPIC, model_topic
+from llmasos.routing.records import PeerRecord, PeerState
+
+log = logging.getLogger(__name__)
+
+
+class Announcer:
+    """Publishes the record that `describe(state)` gives: at once when the state changes, and well within its lease."""
+
+    def __init__(self, network: Network, describe: Callable[[PeerState], PeerRecord]) -> None:
+        self._network = network
+        self._describe = describe
+        self._state = PeerState.JOINING
+        self._lock = asyncio.Lock()
+
+    @property
+    def state(self) -> PeerState:
+        """The state that was last announced, or is being announced."""
+        return self._state
+
+    async def announce(self, state: PeerState) -> None:
+        """Tell the swarm of a new state. An unreachable registry is no failure: the next round tells it again."""
+        self._state = state
+        await self._publish()
+
+    async def serve(self) -> None:
+        """Repeat the announcement until cancelled."""
+        while True:
+            await asyncio.sleep(ANNOUNCE_EVERY_S)
+            await self._publish()
+
+    async def _publish(self) -> None:
+        async with self._lock:  # a round and a change of state must not overtake each other
+            record = self._describe(self._state)
+            index = json.dumps({"model": record.model}).encode()
+            stored = await self._network.publish(model_topic(record.model), record.to_bytes(), LEASE_S)
+            stored &= await self._network.publish(MODELS_TOPIC, index, LEASE_S)
+        if not stored:
+            log.warning("nobody stored the announcement; trying again in %.0f s", ANNOUNCE_EVERY_S)

@@ -1,0 +1,101 @@
+"""The heart of a peer: schedule, run, finish, for as long as it lives.
+
+Sessions hand in steps and get each step's rows back through a callback, in order. Between the two stands one task; the
+scheduler decides what it runs, the runner runs it.
+"""
+
+import asyncio
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from llmasos.peer.runner import Chunk, Fault, Runner
+from llmasos.peer.scheduler import Scheduler, Slice
+from llmasos.span import Span
+from llmasos.wire import Tensor, join_rows
+
+Done = Callable[[Tensor | Fault], None]
+
+
+@dataclass(slots=True)
+class _Pending:
+    """A step whose rows have not all run, and what came of those that have."""
+
+    span: Span
+    hidden: Tensor
+    done: Done
+    parts: list[Tensor] = field(default_factory=list)
+
+
+class Engine:
+    """Runs the steps of all sessions in shared passes. `serve()` must run for anything to happen."""
+
+    def __init__(self, runner: Runner, scheduler: Scheduler) -> None:
+        self.runner = runner
+        self.scheduler = scheduler
+        self.passes = 0
+        self.rows = 0
+        self._pending: dict[tuple[str, int], _Pending] = {}
+        self._running: set[str] = set()
+        self._leaving: set[str] = set()
+        self._wake = asyncio.Event()
+
+    def submit(self, session: str, span: Span, step: int, position: int, hidden: Tensor, done: Done) -> None:
+        """Queue a step of an admitted session; `done` is called with its rows, or with why there are none.
+
+        Raises what `Scheduler.submit` raises.
+        """
+        self.scheduler.submit(session, step, position, hidden.tokens)
+        self._pending[session, step] = _Pending(span, hidden, done)
+        self._wake.set()
+
+    def release(self, session: str) -> None:
+        """Forget a session: its queued steps, its reservation and its kv, as soon as no pass uses it."""
+        self._drop_steps(session)
+        self.scheduler.release(session)
+        if session in self._running:
+            self._leaving.add(session)
+        else:
+            self.runner.release(session)
+
+    async def serve(self) -> None:
+        """Run until cancelled."""
+        while True:
+            batch = self.scheduler.schedule()
+            if not batch:
+                self._wake.clear()
+                await self._wake.wait()
+                continue
+            self._running = {piece.session for piece in batch}
+            results = await self.runner.run([self._chunk(piece) for piece in batch])
+            self.passes += 1
+            self.rows += sum(piece.tokens for piece in batch)
+            self.scheduler.finish(batch)
+            self._running = set()
+            for piece, result in zip(batch, results, strict=True):
+                self._settle(piece, result)
+            while self._leaving:
+                self.runner.release(self._leaving.pop())
+
+    def _chunk(self, piece: Slice) -> Chunk:
+        pending = self._pending[piece.session, piece.step]
+        rows = pending.hidden.rows(piece.offset, piece.offset + piece.tokens)
+        return Chunk(piece.session, pending.span, piece.position, rows)
+
+    def _settle(self, piece: Slice, result: Tensor | Fault) -> None:
+        """Hand a finished step to its session; a fault also ends the steps that were queued behind it."""
+        pending = self._pending.get((piece.session, piece.step))
+        if pending is None:
+            return  # its session left while the pass ran
+        if isinstance(result, Fault):
+            self.scheduler.abandon(piece.session)
+            self._drop_steps(piece.session)
+            pending.done(result)
+            return
+        pending.parts.append(result)
+        if piece.completes:
+            del self._pending[piece.session, piece.step]
+            pending.done(join_rows(pending.parts))
+
+    def _drop_steps(self, session: str) -> None:
+        for key in [key for key in self._pending if key[0] == session]:
+            del self._pending[key]

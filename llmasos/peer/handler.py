@@ -1,0 +1,210 @@
+"""Wire <-> sessions: what a peer does with an inbound stream.
+
+A stream's first frame says what it is: `Open` begins a session, `Attach` joins the previous hop of one to it, `Ping`
+asks how far away we are. Whatever else arrives - garbage included - is answered with a typed refusal, and only that
+stream ends: no other session notices.
+"""
+
+import asyncio
+import itertools
+import logging
+from dataclasses import dataclass
+
+from llmasos.config import ATTACH_TIMEOUT_S, SESSION_LEASE_S
+from llmasos.errors import ConnectionLostError, UsageError, short_id
+from llmasos.network import Network, Stream
+from llmasos.peer.engine import Engine
+from llmasos.peer.scheduler import KvFullError
+from llmasos.peer.session import PeerSession
+from llmasos.span import Span
+from llmasos.wire import (
+    AnyMessage,
+    Attach,
+    Close,
+    Failed,
+    FrameError,
+    Open,
+    Opened,
+    Ping,
+    Pong,
+    Replay,
+    Reroute,
+    Step,
+    decode,
+    encode,
+)
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class Served:
+    """What this peer serves: a checkpoint and the span of it that the runner holds."""
+
+    model: str
+    digest: str
+    model_blocks: int
+    context_tokens: int
+
+
+class Handler:
+    """Serves inbound streams. Set `draining` to refuse new sessions and let the running ones finish."""
+
+    def __init__(self, network: Network, engine: Engine, served: Served) -> None:
+        self.draining = False
+        self._network = network
+        self._engine = engine
+        self._served = served
+        self._sessions: dict[str, PeerSession] = {}
+        self._arrivals = asyncio.Condition()
+        self._keys = itertools.count()
+
+    @property
+    def sessions(self) -> int:
+        """How many sessions are open."""
+        return len(self._sessions)
+
+    async def wait_until_idle(self) -> None:
+        """Return once no session is open."""
+        async with self._arrivals:
+            await self._arrivals.wait_for(lambda: not self._sessions)
+
+    async def __call__(self, stream: Stream) -> None:
+        """Serve one stream until it ends."""
+        try:
+            async with asyncio.timeout(SESSION_LEASE_S):
+                first = decode(await stream.receive())
+            match first:
+                case Open():
+                    await self._serve_client(stream, first)
+                case Attach():
+                    await self._serve_upstream(stream, first)
+                case Ping():
+                    await self._serve_pings(stream, first)
+                case _:
+                    await _refuse(stream, f"a stream cannot begin with {type(first).__name__}")
+        except FrameError as error:
+            log.info("peer %s sent a bad frame: %s", short_id(stream.peer), error)
+            await _refuse(stream, str(error))
+        except ConnectionLostError as error:
+            log.debug("stream ended: %s", error)
+        except TimeoutError:
+            log.debug("peer %s fell silent", short_id(stream.peer))
+
+    # --- a client's session ------------------------------------------------------------------------------------------
+
+    async def _serve_client(self, stream: Stream, request: Open) -> None:
+        refusal = self._refusal(request)
+        if refusal is not None:
+            await stream.send(encode(refusal))
+            return
+        key = f"{next(self._keys)}"
+        try:
+            self._engine.scheduler.admit(key, request.tokens)
+        except KvFullError as error:
+            await stream.send(encode(Failed(code="refused", message=str(error), retry_after_s=1.0)))
+            return
+        session = PeerSession(key, request, stream, self._network, self._engine)
+        async with self._arrivals:
+            self._sessions[request.session] = session
+            self._arrivals.notify_all()
+        sender = asyncio.create_task(session.serve_outbox(), name=f"outbox of session {request.session}")
+        try:
+            await stream.send(encode(Opened(kv_free_tokens=self._engine.scheduler.kv_free_tokens)))
+            await self._read_client(stream, session)
+        finally:
+            sender.cancel()
+            await asyncio.gather(sender, return_exceptions=True)
+            del self._sessions[request.session]
+            await session.close()
+            async with self._arrivals:
+                self._arrivals.notify_all()
+
+    def _refusal(self, request: Open) -> Failed | None:
+        """Why a session cannot be opened here; None when it can. Asked in order, the first answer counts."""
+        held = self._engine.runner.span
+        if request.digest != self._served.digest:
+            return Failed(code="unsupported", message=f"this peer serves another checkpoint of {self._served.model}")
+        if request.dtype != self._engine.runner.dtype:
+            return Failed(code="unsupported", message=f"this peer computes in {self._engine.runner.dtype}")
+        try:
+            wanted = Span(request.start, request.end)
+        except UsageError as error:
+            return Failed(code="bad_request", message=error.message)
+        if wanted not in held:
+            return Failed(code="unsupported", message=f"this peer holds the blocks {held}, not {wanted}")
+        if request.tokens > self._served.context_tokens:
+            limit = self._served.context_tokens
+            return Failed(code="bad_request", message=f"{request.tokens} tokens are over the context of {limit}")
+        if request.session in self._sessions:
+            return Failed(code="bad_request", message="a session of this name is open already")
+        if self.draining:
+            return Failed(code="refused", message="this peer is draining", retry_after_s=SESSION_LEASE_S)
+        return None
+
+    async def _read_client(self, stream: Stream, session: PeerSession) -> None:
+        """Take the client's frames until it closes, falls silent for a lease, or breaks the protocol."""
+        while True:
+            async with asyncio.timeout(SESSION_LEASE_S):
+                message = decode(await stream.receive())
+            match message:
+                case Step():
+                    await session.accept(message)
+                case Ping():
+                    await stream.send(encode(_pong(message)))
+                case Reroute():
+                    session.reroute(message)
+                case Replay():
+                    session.replay(message)
+                case Close():
+                    return
+                case _:
+                    await _refuse(stream, f"a client cannot send {type(message).__name__}")
+                    return
+
+    # --- the previous hop of a session -------------------------------------------------------------------------------
+
+    async def _serve_upstream(self, stream: Stream, request: Attach) -> None:
+        session = await self._session(request.session)
+        if session is None:
+            await stream.send(encode(Failed(code="unknown_session", message="no such session here")))
+            return
+        session.attach(stream)
+        while True:
+            message = decode(await stream.receive())
+            if not isinstance(message, Step):
+                await _refuse(stream, f"a hop cannot send {type(message).__name__}")
+                return
+            if session.route.upstream != stream.peer:
+                await _refuse(stream, "this session takes no steps from you")
+                return
+            await session.accept(message)
+
+    async def _session(self, name: str) -> PeerSession | None:
+        """The session of that name, waiting a little for one whose `Open` is still on its way."""
+        try:
+            async with asyncio.timeout(ATTACH_TIMEOUT_S), self._arrivals:
+                await self._arrivals.wait_for(lambda: name in self._sessions)
+                return self._sessions[name]
+        except TimeoutError:
+            return None
+
+    # --- a stranger who asks for our distance ------------------------------------------------------------------------
+
+    async def _serve_pings(self, stream: Stream, message: AnyMessage) -> None:
+        while isinstance(message, Ping):
+            await stream.send(encode(_pong(message)))
+            async with asyncio.timeout(SESSION_LEASE_S):
+                message = decode(await stream.receive())
+
+
+def _pong(ping: Ping) -> Pong:
+    return Pong(nonce=ping.nonce, padding=ping.padding)
+
+
+async def _refuse(stream: Stream, message: str) -> None:
+    """Tell the other side what was wrong with its frame, if it still listens."""
+    try:
+        await stream.send(encode(Failed(code="bad_request", message=message[:500])))
+    except ConnectionLostError:
+        log.debug("peer %s did not wait for the refusal", short_id(stream.peer))

@@ -1,0 +1,184 @@
+"""Continuous batching as pure bookkeeping: which rows of which sessions go into the next forward pass.
+
+No tensors, no clock, no I/O. The engine's life is one sentence - *schedule, run, finish* - and this file is its first
+and last word:
+
+    submit(session, step, …)      a step waits
+    schedule() -> Batch           the next pass: every decoding session, then prompt chunks into the room that is left
+    finish(batch)                 its rows are cached; steps whose last row was in it are done
+
+Laws, checked by `check()` and by the property test:
+  * `0 <= cached <= reserved` for each session, and the sum of `reserved` is never over the kv budget;
+  * steps of one session run in the order they came; rows of a step run in order;
+  * a decoding step waits for at most one pass, whatever prompts are queued (it is always scheduled before them);
+  * between sessions the order is round-robin: no session is passed over twice while it has work.
+"""
+
+from collections import deque
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+DECODE_ROWS = 16
+"""A step of at most this many rows counts as decoding (one token, or a speculated handful): it goes before prompts."""
+
+
+class KvFullError(Exception):
+    """The reservation does not fit. `free_tokens` is what would."""
+
+    def __init__(self, wanted_tokens: int, free_tokens: int) -> None:
+        super().__init__(f"no room for {wanted_tokens} more tokens in the kv cache; {free_tokens} are free")
+        self.free_tokens = free_tokens
+
+
+class GapError(Exception):
+    """A step begins behind the end of what its session will have cached by then."""
+
+
+@dataclass(slots=True)
+class _Work:
+    """One step that waits; `done` of its rows have run."""
+
+    step: int
+    position: int
+    tokens: int
+    done: int = 0
+
+    @property
+    def left(self) -> int:
+        return self.tokens - self.done
+
+
+@dataclass(slots=True)
+class _Session:
+    reserved: int
+    cached: int = 0
+    queue: deque[_Work] = field(default_factory=deque)
+
+    @property
+    def end(self) -> int:
+        """The position behind everything cached or queued."""
+        return self.queue[-1].position + self.queue[-1].tokens if self.queue else self.cached
+
+
+@dataclass(frozen=True, slots=True)
+class Slice:
+    """Rows `[offset, offset + tokens)` of one step, for the positions from `position` on."""
+
+    session: str
+    step: int
+    position: int
+    offset: int
+    tokens: int
+    completes: bool
+
+
+Batch = tuple[Slice, ...]
+
+
+class Scheduler:
+    """The queue and the kv account of one peer. `kv_tokens` is the budget, `max_batch_tokens` the rows of one pass."""
+
+    def __init__(self, kv_tokens: int, max_batch_tokens: int) -> None:
+        self.kv_tokens = kv_tokens
+        self.max_batch_tokens = max_batch_tokens
+        self._sessions: dict[str, _Session] = {}  # in round-robin order: who was served last stands last
+        self._reserved = 0
+
+    @property
+    def active_sessions(self) -> int:
+        return len(self._sessions)
+
+    @property
+    def kv_free_tokens(self) -> int:
+        return self.kv_tokens - self._reserved
+
+    @property
+    def queued_tokens(self) -> int:
+        return sum(work.left for session in self._sessions.values() for work in session.queue)
+
+    def queued_tokens_of(self, session: str) -> int:
+        """Rows of one session that have not run; 0 for a session that is gone."""
+        entry = self._sessions.get(session)
+        return sum(work.left for work in entry.queue) if entry else 0
+
+    def admit(self, session: str, tokens: int) -> None:
+        """Reserve room for `tokens` cached tokens. Raises KvFullError."""
+        if session in self._sessions:
+            raise ValueError(f"session {session} is open already")
+        self._reserve(tokens)
+        self._sessions[session] = _Session(reserved=tokens)
+
+    def submit(self, session: str, step: int, position: int, tokens: int) -> None:
+        """Queue a step. A position below the end rolls the session back to it when the step runs.
+
+        Raises GapError when the step would leave a hole, KvFullError when the session outgrows its reservation and
+        the budget has no more; in both cases nothing has changed.
+        """
+        entry = self._sessions[session]
+        if position > entry.end:
+            raise GapError(f"step {step} begins at position {position}, but the session ends at {entry.end}")
+        outgrown = position + tokens - entry.reserved
+        if outgrown > 0:
+            self._reserve(outgrown)
+            entry.reserved += outgrown
+        entry.queue.append(_Work(step, position, tokens))
+
+    def schedule(self) -> Batch:
+        """The next pass, empty when nothing waits. One slice a session; call `finish` before scheduling again."""
+        room = self.max_batch_tokens
+        chosen: list[Slice] = []
+        for decoding in (True, False):
+            for name, work in self._heads():
+                if (work.left <= DECODE_ROWS) is not decoding:
+                    continue
+                rows = min(work.left, room)
+                if rows == 0 and work.left > 0:
+                    continue
+                position = work.position + work.done
+                chosen.append(Slice(name, work.step, position, work.done, rows, completes=rows == work.left))
+                room -= rows
+        return tuple(chosen)
+
+    def finish(self, batch: Batch) -> None:
+        """Account for a pass that has run. Steps whose session was released meanwhile are passed over."""
+        for piece in batch:
+            entry = self._sessions.get(piece.session)
+            if entry is None or not entry.queue or entry.queue[0].step != piece.step:
+                continue
+            self._sessions[piece.session] = self._sessions.pop(piece.session)  # served: to the back of the round
+            work = entry.queue[0]
+            work.done += piece.tokens
+            entry.cached = piece.position + piece.tokens
+            if piece.completes:
+                entry.queue.popleft()
+
+    def abandon(self, session: str) -> None:
+        """Drop what a session has queued, keeping what it has cached: one of its steps failed, and those behind it
+        would build on what is not there.
+        """
+        entry = self._sessions.get(session)
+        if entry:
+            entry.queue.clear()
+
+    def release(self, session: str) -> None:
+        """The session is over; its room is free at once. Unknown sessions are ignored."""
+        entry = self._sessions.pop(session, None)
+        if entry:
+            self._reserved -= entry.reserved
+
+    def check(self) -> None:
+        """Raise AssertionError, with the numbers, when the account does not add up."""
+        total = sum(entry.reserved for entry in self._sessions.values())
+        assert total == self._reserved, f"sessions reserve {total} tokens, the account says {self._reserved}"
+        assert 0 <= self._reserved <= self.kv_tokens, f"{self._reserved} reserved of {self.kv_tokens}"
+        for name, entry in self._sessions.items():
+            assert 0 <= entry.cached <= entry.reserved, f"session {name}: {entry.cached} cached, {entry.reserved} kept"
+            assert all(0 <= work.done < max(work.tokens, 1) for work in entry.queue), f"session {name}: a step overran"
+
+    def _heads(self) -> Iterator[tuple[str, _Work]]:
+        return ((name, entry.queue[0]) for name, entry in self._sessions.items() if entry.queue)
+
+    def _reserve(self, tokens: int) -> None:
+        if tokens > self.kv_free_tokens:
+            raise KvFullError(tokens, self.kv_free_tokens)
+        self._reserved += tokens

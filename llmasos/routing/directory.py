@@ -1,0 +1,72 @@
+"""The registry as a view: looked up once in the background, asked many times.
+
+Peers and clients share it. It decides nothing; it only keeps a `SwarmView` as fresh as it was told to.
+"""
+
+import asyncio
+import json
+import logging
+from typing import TYPE_CHECKING
+
+from llmasos.routing.records import PeerRecord, RecordError
+from llmasos.routing.view import SwarmView
+
+if TYPE_CHECKING:
+    from llmasos.network import Network
+
+log = logging.getLogger(__name__)
+
+MODELS_TOPIC = "models"
+"""Under it each peer names the model that it serves, so that a stranger can ask what there is."""
+
+
+def model_topic(model: str) -> str:
+    """Under it each peer of a model publishes its record."""
+    return f"model/{model}"
+
+
+class Directory:
+    """What the registry says of the swarm. `view` is replaced piece by piece as look-ups come in."""
+
+    def __init__(self, network: "Network") -> None:
+        self.view = SwarmView()
+        self._network = network
+        self._looked_up_at: dict[str, float] = {}
+        self._lock = asyncio.Lock()
+
+    def age_s(self, model: str) -> float:
+        """Seconds since the peers of `model` were last looked up; infinite when they never were."""
+        return self._network.now() - self._looked_up_at.get(model, float("-inf"))
+
+    async def refresh(self, model: str, *, max_age_s: float = 0.0) -> None:
+        """Look the peers of `model` up, unless that was done within `max_age_s`. Callers at once share one look-up."""
+        async with self._lock:
+            if self.age_s(model) <= max_age_s:
+                return
+            found = await self._network.lookup(model_topic(model))
+            now = self._network.now()
+            self._looked_up_at[model] = now
+            for peer, published in found.items():
+                try:
+                    self.view.add(PeerRecord.from_bytes(published.value, peer=peer, now=now), published.expires_at)
+                except RecordError as error:
+                    log.info("the record of peer %s is refused: %s", peer, error)
+            self.view.expire(now)
+
+    async def refresh_all(self) -> None:
+        """Look up every model that some peer names."""
+        for model in await self.models():
+            await self.refresh(model)
+
+    async def models(self) -> list[str]:
+        """The models that peers say they serve, sorted."""
+        names: set[str] = set()
+        for peer, published in (await self._network.lookup(MODELS_TOPIC)).items():
+            try:
+                name = json.loads(published.value)["model"]
+            except (ValueError, KeyError, TypeError):
+                log.info("peer %s names no model in %r", peer, published.value[:100])
+                continue
+            if isinstance(name, str):
+                names.add(name)
+        return sorted(names)
