@@ -5,11 +5,13 @@ swarm (`llmasos.p2p`: libp2p and a Kademlia DHT) and in the simulator (`sim.netw
 nothing there reads a clock or opens a socket: it asks a `Network`. Both pass `tests/contract/test_network.py`.
 """
 
+import asyncio
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from types import TracebackType
 from typing import NewType, Protocol, Self
 
+from llmasos.errors import PeerTimeoutError
 from llmasos.wire import Contact
 
 PeerId = NewType("PeerId", str)
@@ -24,13 +26,23 @@ class Stream(Protocol):
         """Who is at the other end; proven by its key, not claimed."""
 
     async def send(self, frame: bytes) -> None:
-        """Hand over one frame; waits while the other side does not read. Raises ConnectionLostError."""
+        """Hand over one frame; waits while the other side does not read. Raises ConnectionLostError.
+
+        Several tasks may send on one stream; a cancelled send leaves the frame sent whole or not at all.
+        """
 
     async def receive(self) -> bytes:
-        """The next frame. Raises ConnectionLostError when the stream has ended or a frame is over MAX_FRAME_BYTES."""
+        """The next frame. Raises ConnectionLostError when the stream has ended or a frame is over MAX_FRAME_BYTES.
+
+        One task receives at a time; a cancelled receive loses nothing.
+        """
 
     async def close(self) -> None:
-        """End the stream in both directions. May be called twice."""
+        """End the stream in both directions. May be called twice.
+
+        What was sent before still arrives, and only then does the other side see the end; what the other side
+        has in flight is dropped.
+        """
 
 
 Handler = Callable[[Stream], Awaitable[None]]
@@ -56,6 +68,10 @@ class Network(Protocol):
     def contact(self) -> Contact:
         """How others reach this process."""
 
+    @property
+    def failed(self) -> asyncio.Event:
+        """Set when this process has lost its place for good (its own p2p daemon died): every call raises from then."""
+
     def now(self) -> float:
         """Seconds since the epoch, the clock of leases; near enough the same for all peers."""
 
@@ -72,7 +88,10 @@ class Network(Protocol):
         """Store this peer's own value under `topic` for `lease_s`; replaces its last one. False if no peer took it."""
 
     async def lookup(self, topic: str) -> dict[PeerId, Published]:
-        """The live values under `topic`, one a peer, as fresh as the registry has them."""
+        """The live values under `topic`, one a peer, as fresh as the registry has them. {} for an unknown topic.
+
+        Raises SwarmUnreachableError when the registry does not answer within LOOKUP_TIMEOUT_S.
+        """
 
     async def close(self) -> None: ...
 
@@ -81,3 +100,17 @@ class Network(Protocol):
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None: ...
+
+
+async def call(network: Network, contact: Contact, protocol: str, frame: bytes, timeout_s: float) -> bytes:
+    """One frame there, one frame back, on a stream of its own. Raises PeerTimeoutError, ConnectionLostError."""
+    try:
+        async with asyncio.timeout(timeout_s):
+            stream = await network.connect(contact, protocol)
+            try:
+                await stream.send(frame)
+                return await stream.receive()
+            finally:
+                await stream.close()
+    except TimeoutError:
+        raise PeerTimeoutError(contact.peer, f"no answer within {timeout_s:g} s") from None
