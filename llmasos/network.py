@@ -6,13 +6,17 @@ nothing there reads a clock or opens a socket: it asks a `Network`. Both pass `t
 """
 
 import asyncio
+import logging
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from types import TracebackType
 from typing import NewType, Protocol, Self
 
-from llmasos.errors import PeerTimeoutError
+from llmasos.config import MAX_LEASE_S, MAX_RECORD_BYTES
+from llmasos.errors import LLMasOSError, PeerTimeoutError, UsageError, short_id
 from llmasos.wire import Contact
+
+logger = logging.getLogger(__name__)
 
 PeerId = NewType("PeerId", str)
 """A peer's name: the hash of its public key, as libp2p writes it (`12D3Koo…`)."""
@@ -44,6 +48,9 @@ class Stream(Protocol):
         has in flight is dropped.
         """
 
+
+MAX_TOPIC_CHARS = 256
+"""A topic names a model; no alias or hub id comes near this."""
 
 Handler = Callable[[Stream], Awaitable[None]]
 """Serves one inbound stream; the stream is closed when it returns."""
@@ -85,7 +92,10 @@ class Network(Protocol):
         """Open a stream. Raises ConnectionLostError within CONNECT_TIMEOUT_S."""
 
     async def publish(self, topic: str, value: bytes, lease_s: float) -> bool:
-        """Store this peer's own value under `topic` for `lease_s`; replaces its last one. False if no peer took it."""
+        """Store this peer's own value under `topic` for `lease_s`; replaces its last one. False if no peer took it.
+
+        Raises UsageError for an empty or endless topic, a value over MAX_RECORD_BYTES, a lease over MAX_LEASE_S.
+        """
 
     async def lookup(self, topic: str) -> dict[PeerId, Published]:
         """The live values under `topic`, one a peer, as fresh as the registry has them. {} for an unknown topic.
@@ -114,3 +124,26 @@ async def call(network: Network, contact: Contact, protocol: str, frame: bytes, 
                 await stream.close()
     except TimeoutError:
         raise PeerTimeoutError(contact.peer, f"no answer within {timeout_s:g} s") from None
+
+
+async def run_handler(handler: Handler, stream: Stream) -> None:
+    """Serve one inbound stream to its end. A failing handler costs that stream and one line in the log."""
+    try:
+        await handler(stream)
+    except LLMasOSError as error:
+        logger.debug("a stream of peer %s ended: %s", short_id(stream.peer), error.message)
+    except Exception as error:  # whatever one stream does, the others go on
+        logger.error("serving peer %s failed: %s: %s", short_id(stream.peer), type(error).__name__, error)
+        logger.debug("serving peer %s failed", short_id(stream.peer), exc_info=error)
+    finally:
+        await stream.close()
+
+
+def check_publication(topic: str, value: bytes, lease_s: float) -> None:
+    """Raise UsageError for what no registry would take: our own mistake, never the peers'."""
+    if not 0 < len(topic) <= MAX_TOPIC_CHARS:
+        raise UsageError(f"a topic has 1 to {MAX_TOPIC_CHARS} characters, not {len(topic)}")
+    if len(value) > MAX_RECORD_BYTES:
+        raise UsageError(f"a record of {len(value)} bytes is over the limit of {MAX_RECORD_BYTES}")
+    if not 0 < lease_s <= MAX_LEASE_S:
+        raise UsageError(f"a lease lasts up to {MAX_LEASE_S:g} s, not {lease_s:g} s")

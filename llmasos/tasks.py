@@ -34,10 +34,15 @@ class TaskSet:
             logger.error("%s failed: %s: %s", task.get_name(), type(error).__name__, error)
             logger.debug("%s failed", task.get_name(), exc_info=error)
 
+    def cancel(self) -> list[asyncio.Task[None]]:
+        """Ask every task to end, except the one that asks, and list them."""
+        current = asyncio.current_task()
+        tasks = [task for task in self._tasks if task is not current]
+        for task in tasks:
+            task.cancel()
+        return tasks
+
     async def close(self) -> None:
         """Cancel every task and wait until all have ended; the task that calls this is left alone."""
-        current = asyncio.current_task()
-        while tasks := [task for task in self._tasks if task is not current]:
-            for task in tasks:
-                task.cancel()
+        while tasks := self.cancel():
             await asyncio.wait(tasks)

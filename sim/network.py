@@ -1,0 +1,506 @@
+"""A `Network` in memory and virtual time: latency, bandwidth, jitter, back-pressure, and everything that goes wrong.
+
+`SimSwarm` is the world: its members, the links between them, the registry they share, and one seeded source of
+chance. `SimNetwork` is one member's place in it and keeps the contract of `llmasos.network`. Nothing runs while
+nothing happens: a frame in flight is one timer, an idle stream is two small objects and no task.
+
+The same seed gives the same run: chance is drawn in the order of events, and no set is ever iterated.
+"""
+
+import asyncio
+import hashlib
+import logging
+import random
+from collections import deque
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Self
+
+from llmasos.config import CONNECT_TIMEOUT_S, LOOKUP_TIMEOUT_S, MAX_FRAME_BYTES, MAX_STREAMS_PER_PEER
+from llmasos.errors import ConnectionLostError, SwarmUnreachableError, UsageError
+from llmasos.identity import peer_id_of
+from llmasos.multiaddr import parse_multiaddr
+from llmasos.network import Handler, PeerId, Published, Stream, check_publication, run_handler
+from llmasos.tasks import TaskSet
+from llmasos.wire import Contact
+
+logger = logging.getLogger(__name__)
+
+WINDOW_BYTES = 1_100_000
+"""What fits between a sender and a receiver that does not read (measured through two p2p daemons)."""
+KEEPALIVE_S = 40.0
+"""After this long without an answer the transport itself gives a connection up (yamux, measured 39.6 s)."""
+
+
+@dataclass(frozen=True, slots=True)
+class Link:
+    """One direction between two peers. `jitter` is the largest random addition, as a share of the latency."""
+
+    latency_s: float = 0.001
+    bytes_per_s: float = 125e6
+    jitter: float = 0.0
+
+
+LAN = Link()
+LOOPBACK = Link(latency_s=0.0, bytes_per_s=1e9)
+
+
+class SimSwarm:
+    """Every member, every link, the registry; and the hand that breaks them."""
+
+    def __init__(
+        self,
+        *,
+        seed: int = 0,
+        links: Callable[[PeerId, PeerId], Link] = lambda source, target: LAN,
+        lookup_s: float = 0.01,
+        stale_s: float = 0.0,
+    ) -> None:
+        """`lookup_s` is what one look-up or store takes; a reader may see the registry as it was `stale_s` ago."""
+        self.rng = random.Random(seed)
+        self.registry = SimRegistry(stale_s)
+        self.lookup_s = lookup_s
+        self.members: dict[PeerId, SimNetwork] = {}
+        self._links = links
+        self._wires: dict[tuple[PeerId, PeerId], _Wire] = {}
+        self._hung: dict[PeerId, None] = {}
+        self._cut: dict[tuple[PeerId, PeerId], float | None] = {}
+
+    def network(self, name: str, *, listen: bool = True) -> "SimNetwork":
+        """A new member; its peer id depends on `name` only. The same name again is the same peer, restarted."""
+        peer = peer_id_of(hashlib.sha256(name.encode()).digest())
+        if peer in self.members:
+            self.kill(peer)
+            self._hung.pop(peer, None)
+        self.members[peer] = SimNetwork(self, peer, name, listen)
+        return self.members[peer]
+
+    def restart(self, peer: PeerId) -> "SimNetwork":
+        """The same peer again, with nothing left of its streams and handlers."""
+        old = self.members[peer]
+        return self.network(old.name, listen=old.listen)
+
+    def kill(self, peer: PeerId) -> None:
+        """The process dies: its streams end for the others one latency later, as a kernel would tell them."""
+        self.members[peer].die("this process was killed")
+
+    def hang(self, peer: PeerId) -> None:
+        """Silence: nothing to or from the peer arrives, and nobody is told; until `heal`."""
+        self._hung[peer] = None
+        self._expect_silence(self.members[peer].streams)
+
+    def partition(
+        self, left: PeerId | Iterable[PeerId], right: PeerId | Iterable[PeerId], *, registry: bool = False
+    ) -> None:
+        """Cut every link between the two sides. With `registry`, neither side sees what the other publishes now."""
+        now = asyncio.get_running_loop().time()
+        for a in _each(left):
+            for b in _each(right):
+                self._cut[_pair(a, b)] = now if registry else None
+                self._expect_silence([stream for stream in self.members[a].streams if stream.peer == b])
+
+    def heal(self, *peers: PeerId) -> None:
+        """Undo `hang` and `partition` of these peers, or of all. What was held back arrives now."""
+        chosen = peers or tuple(self.members)
+        for peer in chosen:
+            self._hung.pop(peer, None)
+        for pair in [pair for pair in self._cut if pair[0] in chosen or pair[1] in chosen]:
+            del self._cut[pair]
+        for peer in chosen:
+            for stream in list(self.members[peer].streams):
+                stream.resume()
+
+    def reachable(self, a: PeerId, b: PeerId) -> bool:
+        """Whether anything sent between the two arrives now."""
+        if not self._hung and not self._cut:
+            return True
+        return a not in self._hung and b not in self._hung and _pair(a, b) not in self._cut
+
+    def hidden_since(self, reader: PeerId, writer: PeerId) -> float | None:
+        """When the registry was parted between these two, if it is."""
+        return self._cut.get(_pair(reader, writer)) if self._cut else None
+
+    def is_hung(self, peer: PeerId) -> bool:
+        return peer in self._hung
+
+    def wire(self, source: PeerId, target: PeerId) -> "_Wire":
+        """The one wire that all streams in this direction share."""
+        wire = self._wires.get((source, target))
+        if wire is None:
+            link = LOOPBACK if source == target else self._links(source, target)
+            wire = self._wires[source, target] = _Wire(link, self.rng)
+        return wire
+
+    def _expect_silence(self, streams: Iterable["SimStream"]) -> None:
+        loop = asyncio.get_running_loop()
+        for stream in streams:
+            loop.call_later(KEEPALIVE_S, stream.give_up_if_silent)
+
+
+def _each(peers: PeerId | Iterable[PeerId]) -> tuple[PeerId, ...]:
+    return (PeerId(peers),) if isinstance(peers, str) else tuple(peers)
+
+
+def _pair(a: PeerId, b: PeerId) -> tuple[PeerId, PeerId]:
+    return (a, b) if a <= b else (b, a)
+
+
+class _Wire:
+    """Latency, jitter, and one frame after the other at the link's rate."""
+
+    __slots__ = ("free_at", "link", "rng")
+
+    def __init__(self, link: Link, rng: random.Random) -> None:
+        self.link = link
+        self.rng = rng
+        self.free_at = 0.0
+
+    def delay_s(self) -> float:
+        link = self.link
+        return link.latency_s * (1.0 + link.jitter * self.rng.random()) if link.jitter else link.latency_s
+
+    def arrival(self, now: float, size_bytes: int) -> float:
+        """When something handed over now is all there."""
+        self.free_at = max(now, self.free_at) + size_bytes / self.link.bytes_per_s
+        return self.free_at + self.delay_s()
+
+
+class SimStream:
+    """One end of a stream; `other` is the far end. Frames that are under way to this end wait in `_in_flight`."""
+
+    __slots__ = (
+        "_arrived",
+        "_ended",
+        "_held_bytes",
+        "_in_flight",
+        "_reader",
+        "_timer",
+        "_wire",
+        "_writers",
+        "inbound",
+        "other",
+        "owner",
+        "peer",
+    )
+    other: "SimStream"
+
+    def __init__(self, owner: "SimNetwork", peer: PeerId, *, inbound: bool) -> None:
+        self.owner = owner
+        self.peer = peer
+        self.inbound = inbound
+        self._wire = owner.swarm.wire(owner.peer_id, peer)
+        self._in_flight: deque[tuple[float, bytes | None]] = deque()  # (arrival, frame), None at the end
+        self._arrived: deque[bytes] = deque()
+        self._held_bytes = 0  # sent to this end and not yet read
+        self._ended: str | None = None  # why, once nothing more can be sent; what has arrived can still be read
+        self._reader: asyncio.Future[None] | None = None
+        self._writers: deque[asyncio.Future[None]] = deque()
+        self._timer: asyncio.TimerHandle | None = None
+        owner.streams[self] = None
+
+    # --- the contract ---
+
+    async def send(self, frame: bytes) -> None:
+        if len(frame) > MAX_FRAME_BYTES:
+            raise UsageError(f"a frame of {len(frame)} bytes is over the limit of {MAX_FRAME_BYTES}")
+        if self._ended is not None:
+            raise ConnectionLostError(self.peer, self._ended)
+        self._push(bytes(frame))
+        while self.other._held_bytes > WINDOW_BYTES:
+            waiter = asyncio.get_running_loop().create_future()
+            self._writers.append(waiter)
+            await waiter
+            if self._ended is not None:
+                raise ConnectionLostError(self.peer, self._ended)
+
+    async def receive(self) -> bytes:
+        while not self._arrived:
+            if self._ended is not None:
+                raise ConnectionLostError(self.peer, self._ended)
+            if self._reader is not None:
+                raise RuntimeError("two tasks receive on one stream")
+            self._reader = asyncio.get_running_loop().create_future()
+            try:
+                await self._reader
+            finally:
+                self._reader = None
+        frame = self._arrived.popleft()
+        self._release(len(frame))
+        return frame
+
+    async def close(self) -> None:
+        self.shut("this end was closed")
+
+    # --- the machinery ---
+
+    def shut(self, reason: str) -> None:
+        """End both directions here; the other side sees it when all that is in flight has arrived."""
+        if self._ended is None:
+            self._end(reason)
+            if self.other._ended is None:
+                self._push(None)
+        self._arrived.clear()
+        self._in_flight.clear()
+        self._release(self._held_bytes)
+
+    def resume(self) -> None:
+        """Deliver what a hang or a partition held back, in both directions."""
+        self._deliver()
+        self.other._deliver()
+
+    def give_up_if_silent(self) -> None:
+        """The transport's keep-alive has had no answer."""
+        if not self.owner.swarm.reachable(self.owner.peer_id, self.peer):
+            for end in (self, self.other):
+                end._in_flight.clear()
+                end._end("the connection timed out")
+
+    def _push(self, frame: bytes | None) -> None:
+        """Put a frame, or the end, on its way to the other side; never before what went before it."""
+        now = asyncio.get_running_loop().time()
+        other = self.other
+        size = 0 if frame is None else len(frame)
+        arrival = self._wire.arrival(now, size)
+        if other._ended is not None:
+            return  # it has closed already, and we do not know that yet
+        if other._in_flight:
+            arrival = max(arrival, other._in_flight[-1][0])
+        other._in_flight.append((arrival, frame))
+        other._held_bytes += size
+        if other._timer is None:
+            other._schedule()
+
+    def _schedule(self) -> None:
+        loop = asyncio.get_running_loop()
+        self._timer = loop.call_at(max(loop.time(), self._in_flight[0][0]), self._deliver)
+
+    def _deliver(self) -> None:
+        """Take in every frame that is due; set the timer for the next."""
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+        if not self.owner.swarm.reachable(self.owner.peer_id, self.peer):
+            return  # held back; `resume` comes here again
+        now = asyncio.get_running_loop().time()
+        while self._in_flight and self._in_flight[0][0] <= now:
+            frame = self._in_flight.popleft()[1]
+            if frame is None:
+                self._in_flight.clear()
+                self._end("the stream ended")
+            else:
+                self._arrived.append(frame)
+                _wake(self._reader)
+        if self._in_flight:
+            self._schedule()
+
+    def _end(self, reason: str) -> None:
+        if self._ended is None:
+            self._ended = reason
+            self.owner.streams.pop(self, None)
+            _wake(self._reader)
+            self._wake_writers()
+
+    def _release(self, size: int) -> None:
+        self._held_bytes -= size
+        if self._held_bytes <= WINDOW_BYTES:
+            self.other._wake_writers()
+
+    def _wake_writers(self) -> None:
+        while self._writers:
+            _wake(self._writers.popleft())
+
+
+def _wake(waiter: asyncio.Future[None] | None) -> None:
+    if waiter is not None and not waiter.done():
+        waiter.set_result(None)
+
+
+class SimRegistry:
+    """Who published what, and what a reader a little behind would see."""
+
+    def __init__(self, stale_s: float) -> None:
+        self.stale_s = stale_s
+        self._topics: dict[str, dict[PeerId, deque[tuple[float, Published]]]] = {}  # (stored at, what), oldest first
+
+    def store(self, topic: str, entry: Published, now: float) -> None:
+        """Take in an entry and forget what has expired."""
+        versions = self._topics.setdefault(topic, {}).setdefault(entry.peer, deque())
+        versions.append((now, entry))
+        while versions[0][1].expires_at <= now:
+            versions.popleft()
+
+    def read(self, topic: str, now: float, seen_at: Callable[[PeerId], float]) -> dict[PeerId, Published]:
+        """The live values as they stood at the time that `seen_at` gives for each writer."""
+        entries = self._topics.get(topic)
+        if entries is None:
+            return {}
+        found: dict[PeerId, Published] = {}
+        expired = []
+        for peer, versions in entries.items():
+            if versions[-1][1].expires_at <= now:
+                expired.append(peer)
+                continue
+            moment = seen_at(peer)
+            visible = next((entry for stored_at, entry in reversed(versions) if stored_at <= moment), None)
+            if visible is not None and visible.expires_at > now:
+                found[peer] = visible
+        for peer in expired:
+            del entries[peer]
+        return found
+
+
+class SimNetwork:
+    """One member's `Network`. `name` is for people and for `restart`."""
+
+    def __init__(self, swarm: SimSwarm, peer_id: PeerId, name: str, listen: bool) -> None:
+        number = len(swarm.members)
+        address = f"/ip4/10.{number >> 16 & 255}.{number >> 8 & 255}.{number & 255}/tcp/4001"
+        self.swarm = swarm
+        self.name = name
+        self.listen = listen
+        self.streams: dict[SimStream, None] = {}
+        self.failed = asyncio.Event()
+        self._peer_id = peer_id
+        self._contact = Contact(peer=peer_id, addresses=(address,) if listen else ())
+        self._handlers: dict[str, Handler] = {}
+        self._tasks = TaskSet()
+        self._down: str | None = None
+        self._last_expiry: dict[str, float] = {}
+
+    @property
+    def peer_id(self) -> PeerId:
+        return self._peer_id
+
+    @property
+    def contact(self) -> Contact:
+        return self._contact
+
+    @property
+    def multiaddr(self) -> str:
+        """What others pass to `join`."""
+        return f"{(self._contact.addresses or ('',))[0]}/p2p/{self._peer_id}"
+
+    def now(self) -> float:
+        return asyncio.get_running_loop().time()
+
+    async def join(self, addresses: Sequence[str]) -> None:
+        self._check()
+        contacts = [contact for contact in map(parse_multiaddr, addresses) if contact.peer != self._peer_id]
+        if not contacts:
+            return
+        await asyncio.sleep(self.swarm.lookup_s)
+        self._check()
+        for contact in contacts:
+            member = self.swarm.members.get(PeerId(contact.peer))
+            if member is not None and member.answers and self.swarm.reachable(self._peer_id, member.peer_id):
+                return
+        await asyncio.sleep(LOOKUP_TIMEOUT_S)
+        raise SwarmUnreachableError(
+            f"none of these peers answers: {', '.join(addresses)}",
+            hint="check that one of them runs and that its port is open",
+        )
+
+    def serve(self, protocol: str, handler: Handler) -> None:
+        self._handlers[protocol] = handler
+
+    @property
+    def answers(self) -> bool:
+        """Whether somebody who dials this member finds it."""
+        return self._down is None and self.listen
+
+    async def connect(self, contact: Contact, protocol: str) -> Stream:
+        self._check()
+        peer = PeerId(contact.peer)
+        if not self.swarm.reachable(self._peer_id, peer):
+            await asyncio.sleep(CONNECT_TIMEOUT_S)
+            raise ConnectionLostError(peer, "does not answer")
+        await asyncio.sleep(self.swarm.wire(self._peer_id, peer).delay_s())
+        member = self.swarm.members.get(peer)
+        there = self.swarm.wire(peer, self._peer_id)
+        self._check()
+        stream = None if member is None else member.accept(self, protocol)
+        try:
+            await asyncio.sleep(there.delay_s())
+        except asyncio.CancelledError:
+            if stream is not None:
+                await stream.close()
+            raise
+        self._check()
+        if stream is None:
+            raise ConnectionLostError(peer, f"cannot be reached, or does not serve {protocol}")
+        return stream
+
+    def accept(self, caller: "SimNetwork", protocol: str) -> SimStream | None:
+        """The caller's end of a new stream to us, unless we do not answer or do not serve `protocol`."""
+        handler = self._handlers.get(protocol)
+        if handler is None or self._down is not None or not (self.listen or caller is self):
+            return None
+        crowded = sum(stream.inbound and stream.peer == caller.peer_id for stream in self.streams)
+        theirs = SimStream(caller, self._peer_id, inbound=False)
+        ours = SimStream(self, caller.peer_id, inbound=True)
+        theirs.other, ours.other = ours, theirs
+        if crowded >= MAX_STREAMS_PER_PEER:
+            ours.shut("too many streams")
+        else:
+            self._tasks.spawn(run_handler(handler, ours), name=f"{self.name}: {protocol}")
+        return theirs
+
+    async def publish(self, topic: str, value: bytes, lease_s: float) -> bool:
+        check_publication(topic, value, lease_s)
+        self._check()
+        await asyncio.sleep(LOOKUP_TIMEOUT_S if self.swarm.is_hung(self._peer_id) else self.swarm.lookup_s)
+        self._check()
+        if self.swarm.is_hung(self._peer_id):
+            return False
+        expires_at = max(self.now() + lease_s, self._last_expiry.get(topic, 0.0) + 1e-6)
+        self._last_expiry[topic] = expires_at
+        self.swarm.registry.store(topic, Published(self._peer_id, bytes(value), expires_at), self.now())
+        return True
+
+    async def lookup(self, topic: str) -> dict[PeerId, Published]:
+        self._check()
+        swarm = self.swarm
+        await asyncio.sleep(LOOKUP_TIMEOUT_S if swarm.is_hung(self._peer_id) else swarm.lookup_s)
+        self._check()
+        if swarm.is_hung(self._peer_id):
+            raise SwarmUnreachableError(f"the registry did not answer within {LOOKUP_TIMEOUT_S:g} s")
+        now = self.now()
+        moment = now - swarm.rng.random() * swarm.registry.stale_s
+
+        def seen_at(writer: PeerId) -> float:
+            if writer == self._peer_id:
+                return now  # a peer always sees its own
+            since = swarm.hidden_since(self._peer_id, writer)
+            return moment if since is None else min(moment, since)
+
+        return swarm.registry.read(topic, now, seen_at)
+
+    def die(self, reason: str) -> None:
+        """End at once: streams, handlers, and every call from now on."""
+        if self._down is None:
+            self._down = reason
+            self.failed.set()
+            self._tasks.cancel()
+            for stream in list(self.streams):
+                stream.shut(reason)
+
+    async def close(self) -> None:
+        if self._down is None:
+            self._down = "this network is closed"
+            await self._tasks.close()
+            for stream in list(self.streams):
+                stream.shut(self._down)
+        await self._tasks.close()
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        await self.close()
+
+    def _check(self) -> None:
+        if self._down is not None:
+            raise ConnectionLostError(self._peer_id, self._down)
