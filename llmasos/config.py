@@ -5,6 +5,10 @@ A name ends in its unit: `_s` seconds, `_bytes`, `_tokens`, `_per_s`. "measured"
 
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Literal
+
+DType = Literal["float32", "bfloat16", "float16"]
+"""Numbers that rows may travel in, and blocks compute in."""
 
 # --- the wire: what a peer accepts from a stranger -------------------------------------------------------------------
 
@@ -37,6 +41,8 @@ LOOKUP_TIMEOUT_S = 10.0
 SESSION_LEASE_S = 15.0
 """A session that sends neither a step nor a ping for this long is closed and its kv freed."""
 PING_EVERY_S = SESSION_LEASE_S / 3
+PONG_TIMEOUT_S = 1.5
+"""A peer answers pings while it computes (measured: 1 ms), so one that is silent this long hangs or is cut off."""
 MAX_PENDING_TOKENS = 4_096
 """Rows that one session may have waiting on a peer; beyond it the peer stops reading from whoever sends them."""
 ATTACH_TIMEOUT_S = 5.0
@@ -84,11 +90,22 @@ MAX_AUTO_KV_TOKENS = 131_072
 class ClientConfig:
     """How a client builds routes and how long it waits."""
 
+    dtype: DType = "float32"
+    quantization: str = "none"
+    """Only peers that compute in these numbers are used: a route never mixes them."""
     prompt_chunk_tokens: int = 128
     """Prompts travel in chunks of this many tokens, all in flight at once: hop 2 works on the first while hop 1 does
     the second. Smaller chunks fill the pipeline sooner, larger ones use the matrix units better."""
     step_timeout_s: float = 30.0
-    """Deadline of one step through the whole route before any step time is known."""
+    """A step that every hop claims to be alive for, and nobody answers, is given up after this long."""
+    suspect_after_s: float = 1.5
+    """A step that takes longer has its hops pinged: a hung peer is found `PONG_TIMEOUT_S` later, a busy one answers."""
+    open_timeout_s: float = 6.0
+    """To connect (`CONNECT_TIMEOUT_S`) and be admitted."""
+    max_failovers: int = 20
+    """Attempts at one step; a swarm that loses peers faster than that has no route to offer."""
+    wait_for_blocks_s: float = 30.0
+    """How long a running generation waits for lost blocks to come back before it fails."""
     refresh_every_s: float = 5.0
     """Age at which the view of the swarm is looked up again in the background."""
     join_timeout_s: float = 20.0

@@ -50,7 +50,7 @@ class History:
             parts.append(part.rows(max(start - begin, 0), min(end - begin, part.tokens)))
         return join_rows(parts)
 
-    def chunks(self, until: int, tokens: int) -> Iterator[tuple[int, Tensor]]:
-        """The rows `[0, until)` in order, as (position, rows) of at most `tokens` rows each."""
-        for start in range(0, until, tokens):
-            yield start, self.read(start, min(start + tokens, until))
+    def chunks(self, start: int, end: int, tokens: int) -> Iterator[tuple[int, Tensor]]:
+        """The rows `[start, end)` in order, as (position, rows) of at most `tokens` rows each."""
+        for begin in range(start, end, tokens):
+            yield begin, self.read(begin, min(begin + tokens, end))

@@ -30,18 +30,20 @@ from typing import Annotated, Literal
 
 import msgspec
 
-from llmasos.config import MAX_FRAME_BYTES, MAX_HIDDEN, MAX_STEP_TOKENS
+from llmasos.config import MAX_FRAME_BYTES, MAX_HIDDEN, MAX_STEP_TOKENS, DType
 
 VERSION = 1
 PROTOCOL = f"llmasos/{VERSION}"
 
-DType = Literal["float32", "bfloat16", "float16"]
+MAX_MESSAGE_CHARS = 500
+"""Longest explanation in a `Failed`; what says it is cut to this."""
+
 ITEM_BYTES: dict[str, int] = {"float32": 4, "bfloat16": 2, "float16": 2}
 
 Count = Annotated[int, msgspec.Meta(ge=0, le=2**31)]
 Index = Annotated[int, msgspec.Meta(ge=0, le=2**20)]
 Id = Annotated[str, msgspec.Meta(min_length=1, max_length=128)]
-Text = Annotated[str, msgspec.Meta(max_length=2048)]
+Text = Annotated[str, msgspec.Meta(max_length=MAX_MESSAGE_CHARS)]
 Rows = Annotated[int, msgspec.Meta(ge=0, le=MAX_STEP_TOKENS)]
 Width = Annotated[int, msgspec.Meta(ge=1, le=MAX_HIDDEN)]
 Address = Annotated[str, msgspec.Meta(max_length=256)]
@@ -94,6 +96,13 @@ class Contact(msgspec.Struct, frozen=True):
     addresses: Annotated[tuple[Address, ...], msgspec.Meta(max_length=16)] = ()
 
 
+class NextHop(msgspec.Struct, frozen=True):
+    """Where a hop sends its output: a peer, and the name of the session there."""
+
+    contact: Contact
+    session: Id
+
+
 class Message(msgspec.Struct, frozen=True, tag_field="type", kw_only=True):
     """Base of all messages; `type` on the wire is the class name in lower case."""
 
@@ -113,7 +122,7 @@ class Open(Message, frozen=True, tag="open"):
     end: Index
     tokens: Count
     upstream: Id | None = None
-    downstream: Contact | None = None
+    downstream: NextHop | None = None
     relay: bool = False
 
 
@@ -156,7 +165,7 @@ class Reroute(Message, frozen=True, tag="reroute"):
     """From now on steps come from `upstream` (or the client) and output goes as `Open` says. Answered by nothing."""
 
     upstream: Id | None = None
-    downstream: Contact | None = None
+    downstream: NextHop | None = None
     relay: bool = False
 
 

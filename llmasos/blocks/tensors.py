@@ -2,7 +2,8 @@
 
 import torch
 
-from llmasos.wire import DType, Tensor
+from llmasos.config import DType
+from llmasos.wire import Tensor
 
 DTYPES: dict[str, torch.dtype] = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 

@@ -18,6 +18,7 @@ from llmasos.peer.scheduler import KvFullError
 from llmasos.peer.session import PeerSession
 from llmasos.span import Span
 from llmasos.wire import (
+    MAX_MESSAGE_CHARS,
     AnyMessage,
     Attach,
     Close,
@@ -175,7 +176,7 @@ class Handler:
             if not isinstance(message, Step):
                 await _refuse(stream, f"a hop cannot send {type(message).__name__}")
                 return
-            if session.route.upstream != stream.peer:
+            if session.upstream != stream.peer:
                 await _refuse(stream, "this session takes no steps from you")
                 return
             await session.accept(message)
@@ -205,6 +206,6 @@ def _pong(ping: Ping) -> Pong:
 async def _refuse(stream: Stream, message: str) -> None:
     """Tell the other side what was wrong with its frame, if it still listens."""
     try:
-        await stream.send(encode(Failed(code="bad_request", message=message[:500])))
+        await stream.send(encode(Failed(code="bad_request", message=message[:MAX_MESSAGE_CHARS])))
     except ConnectionLostError:
         log.debug("peer %s did not wait for the refusal", short_id(stream.peer))

@@ -8,8 +8,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
+from llmasos.config import DType
 from llmasos.span import Span
-from llmasos.wire import DType, Tensor
+from llmasos.wire import Tensor
 
 
 @dataclass(frozen=True, slots=True)

@@ -13,6 +13,7 @@ from llmasos.peer.runner import Fault
 from llmasos.peer.scheduler import GapError, KvFullError
 from llmasos.span import Span
 from llmasos.wire import (
+    MAX_MESSAGE_CHARS,
     PROTOCOL,
     AnyMessage,
     Attach,
@@ -47,7 +48,8 @@ class PeerSession:
     def __init__(self, key: str, request: Open, client: Stream, network: Network, engine: Engine) -> None:
         self.key = key
         self.span = Span(request.start, request.end)
-        self.route = Reroute(upstream=request.upstream, downstream=request.downstream, relay=request.relay)
+        self.upstream = request.upstream
+        self._onward = Reroute(downstream=request.downstream, relay=request.relay)
         self._client = client
         self._network = network
         self._engine = engine
@@ -87,10 +89,9 @@ class PeerSession:
             self._fail(step, "refused", str(error))
 
     def reroute(self, change: Reroute) -> None:
-        """The client has put other peers beside this one."""
-        self.route = change
-        if self._link is not None:
-            self._outbox.put_nowait(change)
+        """The client has put other peers beside this one. Output that waits already still goes the old way."""
+        self.upstream = change.upstream
+        self._outbox.put_nowait(change)
 
     def replay(self, request: Replay) -> None:
         """Send the next hop what it has to catch up with."""
@@ -105,8 +106,9 @@ class PeerSession:
                         await self._send_output(output.step, output.rows)
                     case Replay() as request:
                         await self._send_replay(request)
-                    case Reroute():
+                    case Reroute() as change:
                         await self._close_link()
+                        self._onward = change
                     case message:
                         await self._client.send(encode(message))
         except ConnectionLostError:
@@ -133,12 +135,12 @@ class PeerSession:
         self._outbox.put_nowait(_Output(step, rows))
 
     def _fail(self, step: Step, code: ErrorCode, message: str) -> None:
-        self._outbox.put_nowait(Failed(code=code, message=message, step=step.step))
+        self._outbox.put_nowait(Failed(code=code, message=message[:MAX_MESSAGE_CHARS], step=step.step))
 
     # --- sending ---------------------------------------------------------------------------------------------------
 
     async def _send_output(self, step: Step, rows: Tensor) -> None:
-        if self.route.downstream is not None and step.replay != 1:
+        if self._onward.downstream is not None and step.replay != 1:
             onward = Step(
                 step=step.step,
                 position=step.position,
@@ -148,7 +150,7 @@ class PeerSession:
             )
             await self._push(onward)
             return
-        if not self.route.relay:
+        if not self._onward.relay or step.replay == 1:
             rows = rows.rows(max(rows.tokens - step.keep, 0), rows.tokens)
         self._last_answer = Result(step=step.step, hidden=rows)
         await self._client.send(encode(self._last_answer))
@@ -158,26 +160,27 @@ class PeerSession:
             message = f"asked to replay {request.until} rows of {self._outputs.length}"
             await self._client.send(encode(Failed(code="bad_request", message=message, step=request.step)))
             return
-        for index, (position, rows) in enumerate(self._outputs.chunks(request.until, request.chunk)):
-            step = Step(step=request.step + index, position=position, keep=0, hidden=rows, replay=request.hops)
-            if not await self._push(step):
+        for index, (position, rows) in enumerate(self._outputs.chunks(0, request.until, request.chunk)):
+            number = request.step + index
+            if self._onward.downstream is None:
+                await self._client.send(encode(Result(step=number, hidden=rows)))
+            elif not await self._push(Step(step=number, position=position, keep=0, hidden=rows, replay=request.hops)):
                 return
 
     async def _push(self, step: Step) -> bool:
         """Send a step to the next hop. Tells the client when that hop cannot be reached."""
-        contact = self.route.downstream
-        assert contact is not None
+        onward = self._onward.downstream
+        assert onward is not None, "a hop without a next one has nothing to push to"
         try:
             if self._link is None:
-                self._link = await self._network.connect(contact, PROTOCOL)
-                await self._link.send(encode(Attach(session=self._session_id)))
+                self._link = await self._network.connect(onward.contact, PROTOCOL)
+                await self._link.send(encode(Attach(session=onward.session)))
             await self._link.send(encode(step))
         except ConnectionLostError as error:
             await self._close_link()
-            message = f"cannot reach {short_id(contact.peer)}: {error.reason}"
-            await self._client.send(
-                encode(Failed(code="next_hop_lost", message=message[:500], step=step.step, peer=contact.peer))
-            )
+            lost = onward.contact.peer
+            message = f"cannot reach {short_id(lost)}: {error.reason}"[:MAX_MESSAGE_CHARS]
+            await self._client.send(encode(Failed(code="next_hop_lost", message=message, step=step.step, peer=lost)))
             return False
         return True
 

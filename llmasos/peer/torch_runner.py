@@ -15,9 +15,10 @@ import torch
 from llmasos.blocks.kv_cache import SessionCache
 from llmasos.blocks.layers import BlockChunk, DecoderBlocks
 from llmasos.blocks.tensors import DTYPES, from_torch, to_torch, wire_dtype
+from llmasos.config import DType
 from llmasos.peer.runner import Chunk, Fault, Speed
 from llmasos.span import Span
-from llmasos.wire import DType, Tensor
+from llmasos.wire import Tensor
 
 PROBE_ROWS = 16
 """Rows of the second probe: enough that the cost of a further row shows over that of a pass."""
