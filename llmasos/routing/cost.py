@@ -1,0 +1,161 @@
+"""Seconds that a hop will take. Every number a route is chosen by is made here, and can be explained.
+
+For a request of `p` prompt rows and `n` further ones, over `L` blocks of a peer whose span has `S`:
+
+    link     (1 + n) · (rtt/2 + HOP_S) + (p + n) · row_bytes / bandwidth         the way in, once a step
+    compute  L · (n · block_s + chunks · block_s + p · row_s)                    alone on the machine
+    wait     queue_s + n · residual_s + L · n · active · row_s                   what others there have announced
+    own      the same for sessions of ours that the record cannot show yet
+    risk     FAILOVER_S for each recent failure
+    doubt    what a claim costs more because we did not believe it this time
+
+All of it is `fixed_s + L · block_s`, which is what makes planning fast.
+
+**How far a claim is believed.** What we have seen outweighs what is claimed as the evidence grows: after `PRIOR` steps
+they count the same. A peer that we have never used is believed in every other plan; in the rest it counts as no better
+than the typical peer. So a liar gets about half of the newcomers' first sessions at most, and none after that.
+"""
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from llmasos.config import ClientConfig
+from llmasos.routing.records import PeerRecord
+
+DEFAULT_RTT_S = 0.05
+"""Round trip to a peer that nobody has measured: across a continent it takes 30 to 60 ms."""
+DEFAULT_BANDWIDTH_BYTES_PER_S = 12.5e6
+"""100 Mbit/s, the upload of a good home connection; a data centre has a hundred times that."""
+DEFAULT_ROW_BYTES = 4_096
+"""Activation of one token: hidden 2,048 in bfloat16, or 1,024 in float32."""
+HOP_S = 0.001
+"""What a hop costs a step beyond link and blocks: two passes through an event loop and a raw stream (echo of one
+activation 0.15 - 0.25 ms, measured), and a hand-over to the compute thread."""
+FAILOVER_S = 1.0
+"""Lost when a hop dies: noticing, planning, replaying. Petals, repaired, needs 0.4 s at best (measured)."""
+PROMPT_CHUNK_TOKENS = ClientConfig().prompt_chunk_tokens
+PRIOR = 8.0
+"""Steps observed that weigh as much as the claim itself: two bursts of tokens tell more than an advertisement."""
+
+
+@dataclass(frozen=True, slots=True)
+class Work:
+    """What a request asks of each block, whoever serves it."""
+
+    prompt_tokens: int
+    new_tokens: int
+    row_bytes: int = DEFAULT_ROW_BYTES
+
+    @property
+    def chunks(self) -> int:
+        return -(-self.prompt_tokens // PROMPT_CHUNK_TOKENS)
+
+    def link_s(self, rtt_s: float) -> float:
+        """Seconds on the way into one hop, all steps together."""
+        transfer_s = (self.prompt_tokens + self.new_tokens) * self.row_bytes / DEFAULT_BANDWIDTH_BYTES_PER_S
+        return (1 + self.new_tokens) * (rtt_s / 2 + HOP_S) + transfer_s
+
+
+class Offer(NamedTuple):
+    """A record as the planner reads it: what does not depend on the request, computed once when it arrives."""
+
+    end: int
+    kv_free_tokens: int
+    expires_at: float
+    block_s: float
+    row_s: float
+    step_s: float
+    """One block for one decoding row, in the batch that it would join."""
+    queue_s: float
+    """Work announced as waiting; it comes first, once."""
+    residual_s: float
+    """Expected rest of the pass that is running when a step arrives; every step."""
+    record: PeerRecord
+
+
+def make_offer(record: PeerRecord, expires_at: float) -> Offer:
+    """What `record` claims, until `expires_at`."""
+    step_s = record.block_seconds + record.active_sessions * record.row_seconds
+    return Offer(
+        record.span.end,
+        record.kv_free_tokens,
+        expires_at,
+        record.block_seconds,
+        record.row_seconds,
+        step_s,
+        record.queue_seconds,
+        residual_s(step_s, len(record.span), record.active_sessions),
+        record,
+    )
+
+
+def residual_s(step_s: float, span_blocks: int, sessions: int) -> float:
+    """A step arrives in the middle of somebody's pass on average, if there is one: likelier with more sessions."""
+    return 0.5 * step_s * span_blocks * sessions / (sessions + 1)
+
+
+@dataclass(frozen=True, slots=True)
+class Observed:
+    """What we know of a peer first-hand; the defaults know nothing. See `health.Health.observed`."""
+
+    rtt_s: float = DEFAULT_RTT_S
+    block_s: float = 0.0
+    """Seconds of one block for one decoding row, waiting included; meaningless without evidence."""
+    evidence: float = 0.0
+    """Steps it was learned from, faded with time."""
+    failures: int = 0
+    own_sessions: int = 0
+    """Sessions of ours that began after the record was made."""
+    own_tokens: int = 0
+    """The kv room that those have reserved."""
+
+    @property
+    def weight(self) -> float:
+        """How much what we saw counts against what is claimed, 0 to 1."""
+        return self.evidence / (self.evidence + PRIOR)
+
+    @property
+    def proven(self) -> bool:
+        """Whether we rather go by what we saw."""
+        return self.evidence >= PRIOR
+
+
+UNKNOWN = Observed()
+
+
+@dataclass(frozen=True, slots=True)
+class HopCost:
+    """Where the seconds of one hop go, for the whole of a request."""
+
+    link_s: float = 0.0
+    compute_s: float = 0.0
+    wait_s: float = 0.0
+    own_s: float = 0.0
+    risk_s: float = 0.0
+    doubt_s: float = 0.0
+
+    @property
+    def total_s(self) -> float:
+        return self.link_s + self.compute_s + self.wait_s + self.own_s + self.risk_s + self.doubt_s
+
+
+NO_COST = HopCost()
+
+
+def hop_cost(record: PeerRecord, blocks: int, work: Work, observed: Observed = UNKNOWN) -> HopCost:
+    """What `blocks` blocks of this peer cost the request. Linear in `blocks`."""
+    offer = make_offer(record, 0.0)
+    seen = observed.weight
+    # What we saw scales the claim as a whole, and already contains the waiting that it was seen with.
+    scale = 1.0 - seen + seen * observed.block_s / offer.step_s
+    n, sessions, own = work.new_tokens, record.active_sessions, observed.own_sessions
+    own_step_s = own * record.row_seconds * scale
+    crowded_s = residual_s(offer.step_s * scale + own_step_s, len(record.span), sessions + own)
+    wait_s = residual_s(offer.step_s * scale, len(record.span), sessions)
+    return HopCost(
+        link_s=work.link_s(observed.rtt_s),
+        compute_s=blocks * scale * ((n + work.chunks) * record.block_seconds + work.prompt_tokens * record.row_seconds),
+        wait_s=(1.0 - seen) * (offer.queue_s + n * wait_s) + blocks * n * sessions * record.row_seconds * scale,
+        own_s=n * (blocks * own_step_s + crowded_s - wait_s),
+        risk_s=observed.failures * FAILOVER_S,
+    )

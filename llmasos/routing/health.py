@@ -1,0 +1,190 @@
+"""What we have seen of peers with our own eyes: how fast, how far, how often they failed, what we have running there.
+
+A peer's record is its word; this is our evidence. Nothing here reads a clock: the caller says when things happened, in
+the network time of the records. Memory is bounded: beyond `MAX_PEERS` the peer that was seen longest ago is forgotten.
+
+A failed peer is left alone for `BACKOFF_S`, twice as long after each further failure. It is then tried again, and only
+sessions that went well make us forget: each halves the count, so a peer that keeps dying half-way does not get away
+with answering in between.
+"""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from statistics import median
+
+from llmasos.routing.cost import DEFAULT_RTT_S, Observed
+
+MAX_PEERS = 1_024
+"""Peers remembered, about 0.5 kB each; a session has a handful of hops."""
+BACKOFF_S = 1.0
+"""After the first failure: about the time of a dropped connection to come back."""
+MAX_BACKOFF_S = 120.0
+"""As long as the longest lease: a peer that is still announced then deserves another try."""
+MAX_FAILURES = 8
+"""Beyond it the backoff does not grow: 2^7 s is over MAX_BACKOFF_S."""
+HALF_LIFE_S = 300.0
+"""Evidence counts half after five minutes: machines get busy and idle on that scale."""
+MIN_GAIN = 0.1
+"""Weight of the newest sample once there are many: the last ten tokens or so decide."""
+MAX_EVIDENCE = 64.0
+"""Steps; more would only slow down forgetting."""
+MIN_KNOWN_RTTS = 3
+"""From so many measured peers on, an unmeasured one is taken to be as far as the middle one."""
+
+
+@dataclass(slots=True)
+class _Ewma:
+    """A mean that follows: the first samples count in full, later ones by MIN_GAIN, evidence fades with time."""
+
+    value: float = 0.0
+    weight: float = 0.0
+    at: float = 0.0
+
+    def evidence(self, now: float) -> float:
+        faded: float = 0.5 ** (max(0.0, now - self.at) / HALF_LIFE_S)
+        return self.weight * faded
+
+    def add(self, sample: float, now: float) -> None:
+        weight = self.evidence(now)
+        self.value += max(1.0 / (weight + 1.0), MIN_GAIN) * (sample - self.value)
+        self.weight = min(weight + 1.0, MAX_EVIDENCE)
+        self.at = max(self.at, now)
+
+
+@dataclass(frozen=True, slots=True)
+class Ticket:
+    """One session of ours on one peer; see `Health.opened`."""
+
+    peer: str
+    tokens: int
+    opened_at: float
+
+
+@dataclass(slots=True)
+class _Peer:
+    block_s: _Ewma = field(default_factory=_Ewma)
+    rtt_s: _Ewma = field(default_factory=_Ewma)
+    failures: int = 0
+    avoided_until: float = float("-inf")
+    tickets: list[Ticket] = field(default_factory=list)
+
+
+class Health:
+    """The evidence of one client. Passed to `plan` and `replan`; written by whoever runs sessions."""
+
+    def __init__(self) -> None:
+        self._peers: dict[str, _Peer] = {}  # in the order of last use
+        self._typical_rtt_s: float | None = DEFAULT_RTT_S  # None: to be computed again
+
+    def __len__(self) -> int:
+        return len(self._peers)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._peers)
+
+    # --- what happened ------------------------------------------------------------------------------------------------
+
+    def saw_rtt(self, peer: str, seconds: float, now: float) -> None:
+        """A round trip of a small message took `seconds`."""
+        self._touch(peer).rtt_s.add(max(0.0, seconds), now)
+        self._typical_rtt_s = None
+
+    def saw_step(self, peer: str, blocks: int, seconds: float, now: float) -> None:
+        """One decoding row took `seconds` through `blocks` blocks of `peer`, waiting included, the link not."""
+        self._touch(peer).block_s.add(max(0.0, seconds) / blocks, now)
+
+    def saw_route(self, hops: Sequence[tuple[str, int]], seconds: float, now: float) -> None:
+        """One decoding row took `seconds` (links not included) through all `hops`: (peer, blocks) of each.
+
+        Only the sum is known. What the proven hops do not explain falls to the others by their blocks; when all are
+        proven, each by its share of what was expected.
+        """
+        known = [self.observed(peer, now) for peer, _ in hops]
+        expected = [
+            seen.block_s * blocks if seen.proven else 0.0 for seen, (_, blocks) in zip(known, hops, strict=True)
+        ]
+        unproven = sum(blocks for seen, (_, blocks) in zip(known, hops, strict=True) if not seen.proven)
+        rest_s = max(0.0, seconds - sum(expected))
+        for seen, expected_s, (peer, blocks) in zip(known, expected, hops, strict=True):
+            if not unproven:
+                self.saw_step(peer, blocks, seconds * expected_s / max(sum(expected), 1e-9), now)
+            elif not seen.proven:
+                self.saw_step(peer, blocks, rest_s * blocks / unproven, now)
+
+    def failed(self, peer: str, now: float) -> None:
+        """It broke off, timed out or broke the protocol: leave it alone for a while, longer each time."""
+        known = self._touch(peer)
+        known.failures = min(known.failures + 1, MAX_FAILURES)
+        backoff_s = min(BACKOFF_S * 2 ** (known.failures - 1), MAX_BACKOFF_S)
+        known.avoided_until = max(known.avoided_until, now + backoff_s)
+
+    def refused(self, peer: str, retry_after_s: float, now: float) -> None:
+        """It is full or draining and said so: no failure, but no use asking again before `retry_after_s`."""
+        known = self._touch(peer)
+        known.avoided_until = max(known.avoided_until, now + min(max(0.0, retry_after_s), MAX_BACKOFF_S))
+
+    def succeeded(self, peer: str) -> None:
+        """A session on it ended well."""
+        self._touch(peer).failures //= 2
+
+    def opened(self, peer: str, tokens: int, now: float) -> Ticket:
+        """We begin a session there that reserves `tokens` of kv. Until its next record only we know."""
+        ticket = Ticket(peer, tokens, now)
+        self._touch(peer).tickets.append(ticket)
+        return ticket
+
+    def closed(self, ticket: Ticket) -> None:
+        """That session is over. May be said twice."""
+        known = self._peers.get(ticket.peer)
+        if known is not None and ticket in known.tickets:
+            known.tickets.remove(ticket)
+
+    @contextmanager
+    def session(self, peer: str, tokens: int, now: float) -> Iterator[Ticket]:
+        """`opened` and `closed` around a block."""
+        ticket = self.opened(peer, tokens, now)
+        try:
+            yield ticket
+        finally:
+            self.closed(ticket)
+
+    # --- what it means ------------------------------------------------------------------------------------------------
+
+    def avoided_for(self, peer: str, now: float) -> float:
+        """Seconds that this peer is still to be left alone; zero for one in good standing."""
+        known = self._peers.get(peer)
+        return max(0.0, known.avoided_until - now) if known else 0.0
+
+    def observed(self, peer: str, now: float, *, since: float = float("inf")) -> Observed:
+        """Everything about one peer. `since` is when its record was made: what we opened later is ours to count."""
+        known = self._peers.get(peer)
+        if known is None:
+            return Observed(rtt_s=self.typical_rtt_s)
+        unseen = [ticket for ticket in known.tickets if ticket.opened_at >= since]
+        return Observed(
+            rtt_s=known.rtt_s.value if known.rtt_s.weight else self.typical_rtt_s,
+            block_s=known.block_s.value,
+            evidence=known.block_s.evidence(now),
+            failures=known.failures,
+            own_sessions=len(unseen),
+            own_tokens=sum(ticket.tokens for ticket in unseen),
+        )
+
+    @property
+    def typical_rtt_s(self) -> float:
+        """What to expect of a peer that was never measured: it should not look nearer or farther than the known."""
+        if self._typical_rtt_s is None:
+            known = [peer.rtt_s.value for peer in self._peers.values() if peer.rtt_s.weight]
+            self._typical_rtt_s = median(known) if len(known) >= MIN_KNOWN_RTTS else DEFAULT_RTT_S
+        return self._typical_rtt_s
+
+    def _touch(self, peer: str) -> _Peer:
+        known = self._peers.pop(peer, None) or _Peer()
+        self._peers[peer] = known
+        if len(self._peers) > MAX_PEERS:
+            # the longest unused first; never one that we have sessions on, unless all are
+            idle = next((name for name, other in self._peers.items() if not other.tickets), next(iter(self._peers)))
+            if idle != peer:
+                del self._peers[idle]
+        return known

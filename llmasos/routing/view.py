@@ -1,0 +1,242 @@
+"""SwarmView: a fold of records into what a client or a peer knows of the swarm.
+
+One record per peer and model; of two the newer incarnation wins, then the later announcement, so the order in which
+they arrive does not matter. Nothing here looks at a clock: `expire(now)` is told the time.
+
+Anybody can announce a model under any digest. So the records of a model are kept apart by *checkpoint* (digest and
+number of blocks), and what is said of a model as a whole is said of the checkpoint that most peers serve.
+
+Beside the records the view keeps, per checkpoint and numerics, a `Pool` of offers: the ONLINE records in the form that
+the planner reads, by start block. That is the incremental part: a record is digested once, when it arrives.
+"""
+
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+from llmasos.config import LEASE_S, MAX_LEASE_S
+from llmasos.routing.cost import Offer, make_offer
+from llmasos.routing.records import PeerRecord, PeerState
+from llmasos.span import Span, gaps
+
+MAX_RECORDS = 100_000
+"""Records held, about 2 kB each; beyond it newcomers wait until others expire. Ten times the largest tested swarm."""
+
+
+class Checkpoint(NamedTuple):
+    """Weights that can be chained: the same digest of a model of so many blocks."""
+
+    digest: str
+    blocks: int
+
+
+class Numerics(NamedTuple):
+    """How a peer computes. A route never mixes them unless that is asked for."""
+
+    dtype: str
+    quantization: str
+
+
+@dataclass(slots=True)
+class Pool:
+    """The offers of one checkpoint in one kind of numerics, by start block and peer."""
+
+    starts: dict[int, dict[str, Offer]] = field(default_factory=dict)
+
+    def __len__(self) -> int:
+        return sum(map(len, self.starts.values()))
+
+    def offers(self) -> Iterator[Offer]:
+        for group in self.starts.values():
+            yield from group.values()
+
+
+@dataclass(slots=True)
+class _Entry:
+    record: PeerRecord
+    expires_at: float
+
+
+class SwarmView:
+    """What is known of a swarm. Changed by `add`, `remove` and `expire` only."""
+
+    def __init__(self) -> None:
+        self._models: dict[str, dict[str, _Entry]] = {}
+        self._pools: dict[str, dict[Checkpoint, dict[Numerics, Pool]]] = {}
+        self._census: dict[str, Counter[Checkpoint]] = {}
+        self._size = 0
+
+    def __len__(self) -> int:
+        return self._size
+
+    # --- events -------------------------------------------------------------------------------------------------------
+
+    def add(self, record: PeerRecord, expires_at: float | None = None) -> bool:
+        """Take a record in. False when what is known of that peer is newer, or there is no room.
+
+        `expires_at` (network time) is the registry's word on its lease; it never outlives MAX_LEASE_S.
+        """
+        entries = self._models.get(record.model, {})
+        known = entries.get(record.peer)
+        if known is None and self._size >= MAX_RECORDS:
+            return False
+        if known is not None and known.record.recency > record.recency:
+            return False
+        lease_ends = record.announced_at + LEASE_S if expires_at is None else expires_at
+        lease_ends = min(lease_ends, record.announced_at + MAX_LEASE_S)
+        if known is not None:
+            self.remove(record.peer, record.model)
+        self._models.setdefault(record.model, {})[record.peer] = _Entry(record, lease_ends)
+        self._size += 1
+        self._census.setdefault(record.model, Counter())[_checkpoint(record)] += 1
+        if record.state is PeerState.ONLINE:
+            pools = self._pools.setdefault(record.model, {}).setdefault(_checkpoint(record), {})
+            pool = pools.setdefault(_numerics(record), Pool())
+            pool.starts.setdefault(record.span.start, {})[record.peer] = make_offer(record, lease_ends)
+        return True
+
+    def remove(self, peer: str, model: str | None = None) -> None:
+        """Forget a peer, for one model or for all. Unknown ones are no error."""
+        for name in [model] if model is not None else list(self._models):
+            entries = self._models.get(name, {})
+            entry = entries.pop(peer, None)
+            if entry is None:
+                continue
+            self._size -= 1
+            self._forget(entry.record)
+            if not entries:
+                del self._models[name], self._census[name]
+
+    def expire(self, now: float) -> list[PeerRecord]:
+        """Forget what has outlived its lease; returns it."""
+        dead = [
+            entry.record for entries in self._models.values() for entry in entries.values() if entry.expires_at <= now
+        ]
+        for record in dead:
+            self.remove(record.peer, record.model)
+        return dead
+
+    def _forget(self, record: PeerRecord) -> None:
+        """Undo what `add` noted beside the record itself; empty containers go, so that memory follows the swarm."""
+        model, checkpoint, numerics = record.model, _checkpoint(record), _numerics(record)
+        census = self._census[model]
+        census[checkpoint] -= 1
+        if not census[checkpoint]:
+            del census[checkpoint]
+        if record.state is not PeerState.ONLINE:
+            return
+        pools = self._pools[model][checkpoint]
+        starts = pools[numerics].starts
+        del starts[record.span.start][record.peer]
+        if not starts[record.span.start]:
+            del starts[record.span.start]
+        if not starts:
+            del pools[numerics]
+        if not pools:
+            del self._pools[model][checkpoint]
+        if not self._pools[model]:
+            del self._pools[model]
+
+    # --- questions ----------------------------------------------------------------------------------------------------
+
+    def models(self) -> list[str]:
+        """The models that somebody announces, sorted."""
+        return sorted(self._models)
+
+    def record(self, peer: str, model: str) -> PeerRecord | None:
+        """What a peer last announced for a model."""
+        entry = self._models.get(model, {}).get(peer)
+        return entry.record if entry else None
+
+    def peers(self, model: str) -> list[PeerRecord]:
+        """Every record of a model, whatever its state and checkpoint, in the order of their blocks."""
+        records = [entry.record for entry in self._models.get(model, {}).values()]
+        return sorted(records, key=lambda record: (record.span, record.peer))
+
+    def leases(self, model: str) -> Iterator[tuple[PeerRecord, float]]:
+        """Every record of a model and when it expires."""
+        for entry in self._models.get(model, {}).values():
+            yield entry.record, entry.expires_at
+
+    def checkpoint(self, model: str, digest: str | None = None) -> Checkpoint | None:
+        """What most peers of the model (or of that digest) serve; None when nobody does."""
+        census = self._census.get(model, Counter())
+        matching = [key for key in census if digest is None or key.digest == digest]
+        return min(matching, key=lambda key: (-census[key], key), default=None)
+
+    def pools(self, model: str, checkpoint: Checkpoint) -> dict[Numerics, Pool]:
+        """The offers that a route can be made of."""
+        return self._pools.get(model, {}).get(checkpoint, {})
+
+    def serving(self, model: str, block: int, digest: str | None = None) -> list[PeerRecord]:
+        """The ONLINE peers that serve one block."""
+        return [record for record in self._online(model, digest) if block in record.span]
+
+    def coverage(self, model: str, digest: str | None = None) -> list[int]:
+        """How many ONLINE peers serve each block; empty for an unknown model."""
+        checkpoint = self.checkpoint(model, digest)
+        if checkpoint is None:
+            return []
+        steps = [0] * (checkpoint.blocks + 1)
+        for record in self._online(model, digest):
+            steps[record.span.start] += 1
+            steps[record.span.end] -= 1
+        counts, running = [], 0
+        for step in steps[:-1]:
+            running += step
+            counts.append(running)
+        return counts
+
+    def missing(self, model: str, digest: str | None = None) -> list[Span]:
+        """The ranges of blocks that no ONLINE peer serves; empty for an unknown model, whose size nobody knows."""
+        checkpoint = self.checkpoint(model, digest)
+        if checkpoint is None:
+            return []
+        return gaps((record.span for record in self._online(model, digest)), checkpoint.blocks)
+
+    def _online(self, model: str, digest: str | None) -> list[PeerRecord]:
+        checkpoint = self.checkpoint(model, digest)
+        if checkpoint is None:
+            return []
+        return [offer.record for pool in self.pools(model, checkpoint).values() for offer in pool.offers()]
+
+
+def status(view: SwarmView, now: float) -> dict[str, Any]:
+    """The object of `llmasos status --json` and of the gateway's `/api/swarm`."""
+    return {"models": [_model_status(view, model, now) for model in view.models()]}
+
+
+def _model_status(view: SwarmView, model: str, now: float) -> dict[str, Any]:
+    checkpoint = view.checkpoint(model)
+    missing = view.missing(model)
+    return {
+        "model": model,
+        "blocks": checkpoint.blocks if checkpoint else 0,
+        "covered": not missing,
+        "missing": [str(span) for span in missing],
+        "peers": [
+            {
+                "peer": record.peer,
+                "name": record.name,
+                "blocks": str(record.span),
+                "state": str(record.state),
+                "throughput": record.throughput,
+                "load": record.load,
+                "kv_free_tokens": record.kv_free_tokens,
+                "dtype": record.dtype,
+                "quantization": record.quantization,
+                "version": record.version,
+                "age_s": record.age(now),
+            }
+            for record in view.peers(model)
+        ],
+    }
+
+
+def _checkpoint(record: PeerRecord) -> Checkpoint:
+    return Checkpoint(record.digest, record.model_blocks)
+
+
+def _numerics(record: PeerRecord) -> Numerics:
+    return Numerics(record.dtype, record.quantization)
