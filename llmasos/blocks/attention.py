@@ -1,0 +1,258 @@
+"""Attention of many sessions in one forward pass, plugged into transformers' attention interface.
+
+The rows of all sessions are laid end to end, `(1, rows, hidden)`, and go through a model class as if they were one
+sequence. Two of its seams make that right. `PackedCache` stands in for its kv cache and puts each session's keys and
+values into that session's own; `packed_attention` stands in for its attention function and lets each session's
+queries see that session's keys alone. Which of them they may see is not decided here: the class asks for a mask, the
+mask function that it passes is kept, and it is evaluated at the positions of each session.
+
+What the seams are asked for and do not know (another mask, a bias, an unknown argument) raises `NotPackableError`,
+and the model then runs session by session.
+"""
+
+from collections.abc import Callable
+from contextvars import ContextVar
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from transformers import AttentionInterface, Cache
+from transformers.masking_utils import AttentionMaskInterface, causal_mask_function
+
+from llmasos.blocks.kv_cache import SessionCache
+
+NAME = "llmasos"
+"""What the attention and the mask function are registered as."""
+
+MaskFunction = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
+Mask = tuple[int, torch.Tensor | None]
+"""The first visible key and, from there on, an additive mask of (queries, keys); None when all are visible."""
+
+_HARMLESS = frozenset({"position_ids", "sliding_window", "use_cache", "is_causal", "cache_position"})
+"""Arguments that carry nothing the mask does not say already, as in transformers' own sdpa attention."""
+
+
+class NotPackableError(Exception):
+    """The model class asks for something that a packed forward pass does not do."""
+
+
+@dataclass(slots=True, eq=False)
+class Pattern:
+    """A mask as its model class describes it: may the query at position q see the key at position k?"""
+
+    visible: MaskFunction
+    causal: bool
+    """True for "everything up to itself", the one pattern that kernels know by name."""
+
+    def mask(self, position: int, queries: int, like: torch.Tensor) -> Mask:
+        """For queries at `[position, position + queries)` over all keys up to the last of them."""
+        if self.causal and queries == 1:
+            return 0, None
+        keys = torch.arange(position + queries, device=like.device)
+        zero = torch.zeros((), dtype=torch.long, device=like.device)
+        seen = self.visible(zero, zero, keys[position:, None], keys[None, :]).expand(queries, -1)
+        start = int(seen.any(dim=0).int().argmax())
+        seen = seen[:, start:]
+        if bool(seen.all()):
+            return start, None
+        return start, torch.zeros(seen.shape, dtype=like.dtype, device=like.device).masked_fill_(~seen, float("-inf"))
+
+
+_CAUSAL = Pattern(causal_mask_function, causal=True)
+
+
+def pattern_of_mask(
+    *, mask_function: MaskFunction = causal_mask_function, attention_mask: Any = None, use_vmap: bool = False, **_: Any
+) -> Pattern:
+    """What transformers calls to build a mask. Builds none and keeps the description."""
+    if attention_mask is not None or use_vmap:
+        raise NotPackableError("it asks for a mask of its own making")
+    if mask_function is causal_mask_function:
+        return _CAUSAL
+    return Pattern(mask_function, causal=False)
+
+
+@dataclass(slots=True)
+class Slot:
+    """The rows `[start, start + tokens)` of a packed forward pass: one session's, from `position` on."""
+
+    cache: SessionCache
+    position: int
+    start: int
+    tokens: int
+
+
+@dataclass(slots=True)
+class PackedStep:
+    """One packed forward pass: whose rows are where, and what is being attended to right now."""
+
+    slots: list[Slot]
+    seen: list[tuple[torch.Tensor, torch.Tensor]] = field(default_factory=list)
+    """Per slot: all keys and values of the block that wrote last, (heads, tokens, width)."""
+    masks: dict[tuple[int, int], Mask] = field(default_factory=dict)
+    """By pattern and slot; the blocks of one step share them."""
+    patterns: list[Pattern] = field(default_factory=list)
+    """Keeps the patterns of `masks` alive, as their ids are the keys there."""
+
+    def mask(self, pattern: Pattern, slot: int, like: torch.Tensor) -> Mask:
+        found = self.masks.get((id(pattern), slot))
+        if found is None:
+            where = self.slots[slot]
+            found = self.masks[id(pattern), slot] = pattern.mask(where.position, where.tokens, like)
+            self.patterns.append(pattern)
+        return found
+
+
+_step: ContextVar[PackedStep] = ContextVar("llmasos_packed_step")
+
+
+class PackedCache(Cache):
+    """Looks like a kv cache to a model class; the kv goes into the caches of the sessions of `step`."""
+
+    def __init__(self, step: PackedStep) -> None:
+        super().__init__(layers=[])
+        self.step = step
+
+    def __enter__(self) -> "PackedCache":
+        self._token = _step.set(self.step)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        _step.reset(self._token)
+
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *args: Any, **kwargs: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """(1, heads, rows, width) each. Returns them unchanged: what is attended to lies in `step.seen`."""
+        if self.step.seen:
+            raise NotPackableError("a block writes its kv twice")
+        for slot in self.step.slots:
+            rows = slice(slot.start, slot.start + slot.tokens)
+            kv = slot.cache.block(layer_idx)
+            self.step.seen.append(kv.write(slot.position, key_states[0, :, rows], value_states[0, :, rows]))
+        return key_states, value_states
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        return 0
+
+    def get_mask_sizes(self, query_length: int, layer_idx: int = 0) -> tuple[int, int]:
+        return query_length, 0
+
+
+class SessionView(Cache):
+    """The kv of one session as the kv cache that any model class understands."""
+
+    def __init__(self, cache: SessionCache, position: int) -> None:
+        super().__init__(layers=[])
+        self.cache = cache
+        self.position = position
+
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *args: Any, **kwargs: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """(1, heads, rows, width) each; returns all keys and values of the block."""
+        keys, values = self.cache.block(layer_idx).write(self.position, key_states[0], value_states[0])
+        return keys[None], values[None]
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        return self.position
+
+    def get_mask_sizes(self, query_length: int, layer_idx: int = 0) -> tuple[int, int]:
+        return self.position + query_length, 0
+
+
+def packed_attention(
+    module: torch.nn.Module,
+    query: torch.Tensor,  # (1, query heads, rows, width)
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: Pattern | None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    softcap: float | None = None,
+    s_aux: torch.Tensor | None = None,
+    **kwargs: Any,
+) -> tuple[torch.Tensor, None]:
+    """Each session's queries over that session's keys. Returns (1, rows, query heads, value width)."""
+    unknown = [
+        name for name, given in kwargs.items() if name not in _HARMLESS and given is not None and given is not False
+    ]
+    if unknown or dropout:
+        raise NotPackableError(f"its attention wants {', '.join(unknown) or 'dropout'}")
+    if attention_mask is None and not getattr(module, "is_causal", True):
+        raise NotPackableError("its attention is not causal")
+    step = _step.get()
+    if len(step.seen) != len(step.slots):
+        raise NotPackableError("its attention does not use the kv cache")
+    pattern = attention_mask or _CAUSAL
+    out = query.new_zeros(1, query.shape[2], query.shape[1], value.shape[3])
+    for index, (slot, (keys, values)) in enumerate(zip(step.slots, step.seen, strict=True)):
+        rows = query[0, :, slot.start : slot.start + slot.tokens]  # (query heads, tokens, width)
+        if softcap is None and s_aux is None:
+            attended = _attend(rows, keys, values, pattern, step, index, scaling)
+        else:
+            attended = _attend_explicitly(
+                rows, keys, values, step.mask(pattern, index, rows), scaling, softcap=softcap, sinks=s_aux
+            )
+        out[0, slot.start : slot.start + slot.tokens] = attended.transpose(0, 1)
+    step.seen.clear()
+    return out, None
+
+
+def _attend(
+    query: torch.Tensor,  # (query heads, tokens, width)
+    keys: torch.Tensor,  # (heads, length, width)
+    values: torch.Tensor,
+    pattern: Pattern,
+    step: PackedStep,
+    slot: int,
+    scaling: float | None,
+) -> torch.Tensor:
+    """By torch's fused kernel. Query heads that share a key head are laid out as more queries of that head."""
+    sdpa = torch.nn.functional.scaled_dot_product_attention
+    heads, tokens = keys.shape[0], query.shape[1]
+    group = query.shape[0] // heads
+    if pattern.causal and tokens == keys.shape[1] and tokens > 1:
+        shared = {"enable_gqa": True} if group > 1 else {}
+        return sdpa(query[None], keys[None], values[None], is_causal=True, scale=scaling, **shared)[0]
+    start, mask = step.mask(pattern, slot, query)
+    if mask is not None and group > 1:
+        mask = mask.repeat(group, 1)  # (group x tokens, length)
+    grouped = query.reshape(1, heads, group * tokens, query.shape[2])
+    out = sdpa(grouped, keys[None, :, start:], values[None, :, start:], attn_mask=mask, scale=scaling)
+    return out.reshape(query.shape[0], tokens, values.shape[2])
+
+
+def _attend_explicitly(
+    query: torch.Tensor,  # (query heads, tokens, width)
+    keys: torch.Tensor,  # (heads, length, width)
+    values: torch.Tensor,
+    where: Mask,
+    scaling: float | None,
+    *,
+    softcap: float | None,
+    sinks: torch.Tensor | None,  # (query heads,): a score for attending to nothing
+) -> torch.Tensor:
+    """With what the fused kernel cannot do: capped scores and attention sinks."""
+    start, mask = where
+    heads, tokens = keys.shape[0], query.shape[1]
+    group = query.shape[0] // heads
+    scale = query.shape[2] ** -0.5 if scaling is None else scaling
+    grouped = query.reshape(heads, group * tokens, query.shape[2])
+    scores = (grouped @ keys[:, start:].transpose(1, 2) * scale).view(heads, group, tokens, -1)
+    if softcap is not None:
+        scores = torch.tanh(scores / softcap) * softcap
+    if mask is not None:
+        scores = scores + mask
+    if sinks is not None:
+        column = sinks.to(scores.dtype).view(heads, group, 1, 1).expand(-1, -1, tokens, 1)
+        scores = torch.cat([scores, column], dim=-1)
+    weights = torch.softmax(scores, dim=-1, dtype=torch.float32).to(query.dtype)
+    if sinks is not None:
+        weights = weights[..., :-1]
+    out = weights.reshape(heads, group * tokens, -1) @ values[:, start:]
+    return out.view(query.shape[0], tokens, values.shape[2])
+
+
+AttentionInterface.register(NAME, packed_attention)
+AttentionMaskInterface.register(NAME, pattern_of_mask)

@@ -1,0 +1,125 @@
+"""Models on the Hugging Face hub, or in its cache on this disk: only the files that are needed."""
+
+import json
+import re
+from collections.abc import Iterable, Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import hf_hub_download
+from huggingface_hub.errors import (
+    EntryNotFoundError,
+    GatedRepoError,
+    HfHubHTTPError,
+    HFValidationError,
+    LocalEntryNotFoundError,
+    OfflineModeIsEnabled,
+    RepositoryNotFoundError,
+)
+
+from llmasos.blocks.checkpoint import LazyTensor, Stored, read_header, renamed, stored_tensor
+from llmasos.blocks.quiet import quiet
+from llmasos.errors import CheckpointError, UnknownModelError
+
+_ID = re.compile(r"[A-Za-z0-9][\w.\-]*(/[\w.\-]+)?")
+
+
+def looks_like_hub_id(name: str) -> bool:
+    """Whether `name` could be the id of a repository: `organisation/name`, or an old name without a slash."""
+    return bool(_ID.fullmatch(name)) and not name.endswith((".gguf", ".safetensors", ".bin"))
+
+
+class HubFiles:
+    """The files of one repository at one revision."""
+
+    def __init__(self, repository: str) -> None:
+        self.repository = repository
+        self.config_path = self._fetch("config.json", None)
+        self.revision = self.config_path.parent.name
+        """The commit: the cache keeps every revision in a folder named after it."""
+
+    def get(self, name: str) -> Path | None:
+        """The file `name` of this revision, fetched if it is not here; None if the repository has none."""
+        try:
+            return self._fetch(name, self.revision)
+        except FileNotFoundError:
+            return None
+
+    def _fetch(self, name: str, revision: str | None) -> Path:
+        hint = "try --model smollm2, a directory with config.json and safetensors, or a .gguf file"
+        try:
+            with quiet():
+                return Path(hf_hub_download(self.repository, name, revision=revision))
+        except (RepositoryNotFoundError, HFValidationError) as error:
+            if isinstance(error, GatedRepoError):
+                raise UnknownModelError(
+                    f"{self.repository} on the hub asks for an account that may read it", hint="type: hf auth login"
+                ) from error
+            raise UnknownModelError(f"the hub has no repository {self.repository}", hint=hint) from error
+        except (LocalEntryNotFoundError, OfflineModeIsEnabled) as error:
+            raise UnknownModelError(
+                f"{name} of {self.repository} is not in the cache of this machine, and the hub cannot be reached",
+                hint=hint,
+            ) from error
+        except EntryNotFoundError as error:
+            if revision is not None:
+                raise FileNotFoundError(name) from error
+            raise UnknownModelError(f"{self.repository} on the hub has no {name}", hint=hint) from error
+        except (HfHubHTTPError, OSError) as error:
+            raise UnknownModelError(f"{name} of {self.repository} cannot be fetched: {error}", hint=hint) from error
+
+
+class HubCheckpoint:
+    """Safetensors on the hub. A file is fetched when a tensor in it is asked for."""
+
+    def __init__(self, files: HubFiles) -> None:
+        self._files = files
+        self._headers: dict[str, dict[str, Stored]] = {}
+        index = files.get("model.safetensors.index.json")
+        self._shards: dict[str, str] = weight_map(index) if index is not None else {}
+        if index is None:
+            single = files.get("model.safetensors")
+            if single is None:
+                raise CheckpointError(
+                    f"{files.repository} has no safetensors files",
+                    hint="pickled weights are not read here: convert them with save_pretrained(...)",
+                )
+            self._headers["model.safetensors"] = read_header(single)
+            self._shards = dict.fromkeys(self._headers["model.safetensors"], "model.safetensors")
+
+    def names(self, model: Any) -> Mapping[str, str]:
+        return renamed(model, self._shards)
+
+    def nbytes(self, names: Iterable[str]) -> int:
+        return sum(self._stored(name).nbytes for name in names)
+
+    def state(self, model: Any, names: Iterable[str]) -> dict[str, Any]:
+        return {name: LazyTensor(partial(stored_tensor, name, self._stored(name))) for name in names}
+
+    def where(self) -> str:
+        return f"{self._files.repository} at {self._files.revision}"
+
+    def _stored(self, name: str) -> Stored:
+        shard = self._shards[name]
+        if shard not in self._headers:
+            path = self._files.get(shard)
+            if path is None:
+                raise CheckpointError(f"{self._files.repository} has no file {shard}, which its index names")
+            self._headers[shard] = read_header(path)
+        if name not in self._headers[shard]:
+            raise CheckpointError(f"tensor {name} is not in {shard}, where the index says it is")
+        return self._headers[shard][name]
+
+
+def weight_map(index: Path) -> dict[str, str]:
+    """Tensor name -> file name, out of an index file. File names that lead out of the directory are refused."""
+    try:
+        found = json.loads(index.read_text())["weight_map"]
+        shards = {str(name): str(file) for name, file in found.items()}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise CheckpointError(f"{index} is not an index of safetensors files: {error}") from error
+    for file in set(shards.values()):
+        if Path(file).name != file:
+            raise CheckpointError(f"{index} names the file {file!r}, which is not in its directory")
+    return shards

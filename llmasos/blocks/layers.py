@@ -1,0 +1,203 @@
+"""A range of a model's decoder blocks, loaded and ready to run for many sessions at once."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from llmasos.blocks import trial
+from llmasos.blocks.anatomy import Anatomy, context_tokens, dissect
+from llmasos.blocks.attention import NAME as PACKED
+from llmasos.blocks.attention import NotPackableError, PackedCache, PackedStep, SessionView, Slot
+from llmasos.blocks.chain import Chain, Finished, mute
+from llmasos.blocks.devices import DTYPES, resolve_device, resolve_dtype
+from llmasos.blocks.kv_cache import SessionCache
+from llmasos.blocks.linear import pack_linears, weight_bytes
+from llmasos.blocks.loading import Loader, Progress, left_on_meta
+from llmasos.blocks.quiet import quiet
+from llmasos.blocks.registry import ModelSpec
+from llmasos.errors import UnsupportedModelError, UsageError
+from llmasos.span import Span
+
+
+@dataclass(slots=True)
+class BlockChunk:
+    """Rows of one session for one forward pass. `position` must be the length of its cache."""
+
+    cache: SessionCache
+    span: Span
+    position: int
+    hidden: torch.Tensor  # (tokens, hidden)
+
+
+class DecoderBlocks:
+    """The blocks `span` of a model.
+
+    `forward` is not reentrant: one thread calls it. The result for a session does not depend on who shares the call,
+    bit for bit, in packed float32 and bfloat16 models on a CPU; experts that are chosen per row are the exception.
+    """
+
+    def __init__(self, spec: ModelSpec, span: Span, dtype: str, device: str, body: Anatomy, chain: Chain) -> None:
+        self.span = span
+        self.hidden_size = spec.hidden_size
+        self.dtype = dtype
+        self.device = device
+        self.packed = body.packed
+        self.weight_bytes = weight_bytes(chain)
+        self.kv_bytes_per_token = 0
+        self.torch_dtype = DTYPES[dtype]
+        self._family = spec.family
+        self._body = body
+        self._owner = body.owner
+        self._chain = chain
+        self._takes_positions = body.takes_positions
+        self._context, self._ends_there = context_tokens(spec.config)
+
+    def new_cache(self) -> SessionCache:
+        """An empty kv cache for one session on these blocks, or on a part of them."""
+        return SessionCache(self.span)
+
+    @torch.inference_mode()
+    def forward(self, chunks: Sequence[BlockChunk]) -> list[torch.Tensor]:
+        """Run each chunk through its blocks, append to its cache, and return its rows, (tokens, hidden) each.
+
+        Raises UsageError for a chunk that does not fit; no cache has changed then, nor when anything else fails.
+        """
+        for chunk in chunks:
+            self._check(chunk)
+        if len({id(chunk.cache) for chunk in chunks}) != len(chunks):
+            raise UsageError("a session has two chunks in one forward pass")
+        outputs = [chunk.hidden.new_empty(0, self.hidden_size) for chunk in chunks]
+        groups: dict[Span, list[int]] = {}
+        for index, chunk in enumerate(chunks):
+            if chunk.hidden.shape[0]:
+                groups.setdefault(chunk.span, []).append(index)
+                chunk.cache.span = chunk.span
+        for span, members in groups.items():
+            for part in [members] if self.packed else [[member] for member in members]:
+                together = [chunks[index] for index in part]
+                run = self._run_packed if self.packed else self._run_alone
+                for index, rows in zip(part, run(span, together), strict=True):
+                    outputs[index] = rows
+        for chunk in chunks:
+            chunk.cache.length += chunk.hidden.shape[0]
+        return outputs
+
+    def _check(self, chunk: BlockChunk) -> None:
+        tokens = chunk.hidden.shape[0]
+        if chunk.hidden.dim() != 2 or chunk.hidden.shape[1] != self.hidden_size:
+            raise UsageError(f"rows of shape {list(chunk.hidden.shape)} are not (tokens, {self.hidden_size})")
+        if chunk.span not in self.span:
+            raise UsageError(f"blocks {chunk.span} are not among the loaded blocks {self.span}")
+        if chunk.cache.span not in (None, chunk.span):
+            raise UsageError(f"a session on blocks {chunk.cache.span} asks for blocks {chunk.span}")
+        if chunk.position != chunk.cache.length:
+            raise UsageError(f"a chunk at position {chunk.position} meets a cache of {chunk.cache.length} tokens")
+        if self._ends_there and chunk.position + tokens > self._context:
+            raise UsageError(
+                f"position {chunk.position + tokens} lies behind the {self._context} tokens that this model serves",
+                hint="its rotary embedding would change for the tokens that are cached already",
+            )
+
+    def _run_packed(self, span: Span, chunks: list[BlockChunk]) -> list[torch.Tensor]:
+        """All chunks in one forward pass. A single row is run as two: it has the same bits in any company then."""
+        slots, start = [], 0
+        for chunk in chunks:
+            slots.append(Slot(chunk.cache, chunk.position, start, chunk.hidden.shape[0]))
+            start += chunk.hidden.shape[0]
+        rows = [chunk.hidden for chunk in chunks]
+        positions = [torch.arange(slot.position, slot.position + slot.tokens) for slot in slots]
+        if start == 1:
+            rows, positions = rows * 2, positions * 2
+        hidden = torch.cat(rows).to(self.device, self.torch_dtype)[None]  # (1, rows, hidden)
+        with PackedCache(PackedStep(slots)) as cache:
+            out = self._run(span, hidden, torch.cat(positions)[None].to(self.device), cache)[0]
+        return [out[slot.start : slot.start + slot.tokens] for slot in slots]
+
+    def _run_alone(self, span: Span, chunks: list[BlockChunk]) -> list[torch.Tensor]:
+        """One chunk, in the family's own way."""
+        (chunk,) = chunks
+        hidden = chunk.hidden.to(self.device, self.torch_dtype)[None]  # (1, tokens, hidden)
+        positions = torch.arange(chunk.position, chunk.position + hidden.shape[1], device=self.device)[None]
+        return [self._run(span, hidden, positions, SessionView(chunk.cache, chunk.position))[0]]
+
+    def _run(
+        self, span: Span, hidden: torch.Tensor, positions: torch.Tensor, cache: Any, front: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """One forward pass of the model class. `front` is what it takes for embeddings: only its shape matters."""
+        self._chain.feed(hidden, span)
+        given = {"position_ids": positions} if self._takes_positions else {}
+        try:
+            self._owner(
+                inputs_embeds=hidden if front is None else front, past_key_values=cache, use_cache=True, **given
+            )
+        except Finished as finished:
+            return finished.hidden
+        finally:
+            self._chain.feed(None, None)
+        raise UnsupportedModelError(f"{self._family} models run their layers in an unusual order")
+
+    @torch.inference_mode()
+    def run_as_family(self, rows: torch.Tensor, cache: Any) -> torch.Tensor:
+        """A whole sequence (tokens, hidden) through all loaded blocks with the family's own attention, for trials."""
+        implementation = "eager" if self._body.packed else self._body.attention
+        with quiet():
+            self._body.model.set_attn_implementation(implementation)
+        try:
+            positions = torch.arange(rows.shape[0], device=self.device)[None]
+            return self._run(self.span, rows[None], positions, cache, torch.randn_like(rows)[None])[0]
+        finally:
+            with quiet():
+                self._body.model.set_attn_implementation(PACKED if self.packed else self._body.attention)
+
+
+def load_blocks(
+    spec: ModelSpec, span: Span, *, dtype: str = "float32", device: str = "cpu", progress: Progress | None = None
+) -> DecoderBlocks:
+    """Load the blocks `span` of a model, and nothing else of it. Raises UsageError for a span outside the model."""
+    if span.end > spec.blocks:
+        raise UsageError(
+            f"blocks {span} reach beyond {spec.name}, which has {spec.blocks}", hint=f"try --blocks 0:{spec.blocks}"
+        )
+    device = resolve_device(device)
+    dtype = resolve_dtype(dtype, device)
+    body = dissect(spec.config, dtype)
+    loader = Loader(body.model, spec.source.checkpoint(), DTYPES[dtype], device)
+    prefix, layers = body.prefix, body.layers
+    plan = {index: loader.tensors(lambda target: target.startswith(f"{prefix}{index}.")) for index in span.blocks()}
+    chain = Chain(layers, span)
+    setattr(body.owner, body.list_name, chain)
+    mute(body.owner, chain)
+    total, done = loader.nbytes(name for names in plan.values() for name in names), 0
+    for index, names in plan.items():
+        missing = loader.load(names, f"block {index}")
+        loader.refuse_missing(name for name in missing if name.startswith(f"{prefix}{index}."))
+        pack_linears(layers[index], device)
+        done += loader.nbytes(names)
+        if progress is not None:
+            progress(done, total)
+    loader.settle(body.owner)
+    blocks = DecoderBlocks(spec, span, dtype, device, body, chain)
+    _try_out(blocks, body)
+    return blocks
+
+
+def _try_out(blocks: DecoderBlocks, body: Anatomy) -> None:
+    """Refuse blocks that do not compute what their family computes; measure what a cached token costs."""
+    lost = left_on_meta(body.owner)
+    if lost:
+        raise UnsupportedModelError(f"{body.model.config.model_type} models keep {lost[0]} outside of their blocks")
+    try:
+        error = trial.deviation(blocks)
+    except NotPackableError:
+        blocks.packed = False
+        error = trial.deviation(blocks)
+    if not error <= 1:
+        raise UnsupportedModelError(
+            f"{body.model.config.model_type} models cannot be served block by block: their blocks give other results "
+            f"when they run apart ({error:.1f} times the tolerated error)"
+        )
+    cache = blocks.new_cache()
+    blocks.forward([BlockChunk(cache, blocks.span, 0, torch.zeros(1, blocks.hidden_size))])
+    blocks.kv_bytes_per_token = cache.bytes_per_token

@@ -1,0 +1,67 @@
+"""A linear layer whose weight is kept in the order that oneDNN computes in.
+
+`nn.Linear` reorders its weight on every call. Doing that once makes one row twice as fast and 1 to 16 rows cost the
+same (docs/log.md). It also makes the result of a row independent of how many rows share the call, from two rows up;
+one row alone is therefore computed as two.
+"""
+
+from typing import cast
+
+import torch
+from torch import nn
+
+ROWS_HINT = 16
+"""Row count that the weight order is tuned for: batches of decoding sessions."""
+
+
+def can_pack(linear: nn.Module, device: str) -> bool:
+    """Whether `linear` is a plain linear layer that oneDNN can take over on this machine."""
+    if type(linear) is not nn.Linear or torch.device(device).type != "cpu" or not torch.backends.mkldnn.is_available():
+        return False
+    if linear.weight.dtype == torch.bfloat16:
+        return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+    return linear.weight.dtype == torch.float32
+
+
+class PackedLinear(nn.Module):
+    """Takes over the weight of an `nn.Linear`; the original is dropped by the caller."""
+
+    def __init__(self, linear: nn.Linear) -> None:
+        super().__init__()
+        weight = linear.weight.detach().contiguous()
+        self.in_features = linear.in_features
+        self.out_features = linear.out_features
+        self.packed = torch.ops.mkldnn._reorder_linear_weight(weight, ROWS_HINT)
+        self.bias = None if linear.bias is None else linear.bias.detach()
+        self.nbytes = weight.nbytes + (0 if self.bias is None else self.bias.nbytes)
+
+    @property
+    def weight(self) -> torch.Tensor:
+        """The weight in its usual order, rebuilt at each call: right for any family that reads it, but slow."""
+        return cast(torch.Tensor, self.packed.to_dense())
+
+    def forward(self, rows: torch.Tensor) -> torch.Tensor:
+        """(…, in_features) -> (…, out_features)."""
+        if rows.numel() == self.in_features:  # one row: see the module's docstring
+            pair = rows.reshape(1, -1).expand(2, -1).contiguous()
+            out = torch.ops.mkldnn._linear_pointwise(pair, self.packed, self.bias, "none", [], "")[:1]
+            return cast(torch.Tensor, out.reshape(*rows.shape[:-1], -1))
+        return cast(torch.Tensor, torch.ops.mkldnn._linear_pointwise(rows, self.packed, self.bias, "none", [], ""))
+
+    def extra_repr(self) -> str:
+        return f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}"
+
+
+def pack_linears(module: nn.Module, device: str) -> None:
+    """Replace every plain linear layer inside `module`, one at a time, so that no two copies of all exist at once."""
+    for name, child in list(module.named_children()):
+        if can_pack(child, device):
+            setattr(module, name, PackedLinear(cast(nn.Linear, child)))
+        else:
+            pack_linears(child, device)
+
+
+def weight_bytes(module: nn.Module) -> int:
+    """Bytes of all weights and buffers of `module`, prepacked ones included; shared tensors count once."""
+    tensors = {id(t): t.nbytes for t in [*module.parameters(), *module.buffers()] if not t.is_meta}
+    return sum(tensors.values()) + sum(m.nbytes for m in module.modules() if isinstance(m, PackedLinear))
