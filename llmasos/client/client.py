@@ -166,9 +166,16 @@ class AsyncLLMasOS:
         self, prompt: str, model_name: str = DEFAULT_MODEL, **options: Unpack[Options]
     ) -> AsyncIterator[str]:
         """The pieces of the completion as they come; never half a character."""
-        async for piece in self.stream(_request(prompt, **options), model_name):
+        async for piece in self.stream(prompt, model_name, **options):
             if isinstance(piece, str):
                 yield piece
+
+    async def stream(
+        self, prompt: str, model_name: str = DEFAULT_MODEL, **options: Unpack[Options]
+    ) -> AsyncIterator[str | Generation]:
+        """The pieces of the completion as they come, and the whole Generation last."""
+        async for piece in self._stream(_request(prompt, **options), model_name):
+            yield piece
 
     async def generate_batch(
         self, texts: Sequence[str], model_name: str = DEFAULT_MODEL, **options: Unpack[Options]
@@ -223,19 +230,12 @@ class AsyncLLMasOS:
 
     # --- below the surface -------------------------------------------------------------------------------------------
 
-    async def stream(
-        self, request: GenerationRequest, model_name: str, dialogue: Dialogue | None = None
-    ) -> AsyncIterator[str | Generation]:
-        """The pieces of a completion, and the whole Generation last; on an open dialogue, or one of its own."""
+    async def _stream(self, request: GenerationRequest, model_name: str) -> AsyncIterator[str | Generation]:
         generator = await self.generator(model_name)
         prompt_ids = await generator.encode(request.prompt)
         new_tokens = request.new_tokens(len(prompt_ids), generator.spec.context_tokens)
-        if dialogue is not None:
+        async with self.dialogue(model_name, len(prompt_ids) + new_tokens, new_tokens=new_tokens) as dialogue:
             async for piece in generator.run(request, dialogue, prompt_ids, new_tokens):
-                yield piece
-            return
-        async with self.dialogue(model_name, len(prompt_ids) + new_tokens, new_tokens=new_tokens) as own:
-            async for piece in generator.run(request, own, prompt_ids, new_tokens):
                 yield piece
 
     @asynccontextmanager
@@ -266,7 +266,7 @@ class AsyncLLMasOS:
 
     async def _run(self, request: GenerationRequest, model_name: str) -> Generation:
         result: Generation | None = None
-        async for piece in self.stream(request, model_name):
+        async for piece in self._stream(request, model_name):
             if isinstance(piece, Generation):
                 result = piece
         assert result is not None, "a stream that did not raise ends with its Generation"

@@ -35,6 +35,7 @@ from llmasos.errors import (
 )
 from llmasos.history import History
 from llmasos.network import Network, Stream
+from llmasos.routing.health import Ticket
 from llmasos.routing.planner import Hop, Route, RouteRequest
 from llmasos.span import Span, gaps
 from llmasos.tasks import TaskSet
@@ -74,6 +75,7 @@ class _Hop:
     relay: bool = False  # it cannot reach the next hop: its rows come to us, and we send them on
     cut_off: bool = False  # it said so, and we have not looked into it yet
     lost: PeerError | None = None
+    ticket: Ticket | None = None  # tells the router that we are there
     pong: asyncio.Event = field(default_factory=asyncio.Event)
 
     @property
@@ -103,11 +105,14 @@ class Session:
     """
 
     def __init__(self, network: Network, router: Router, request: RouteRequest, config: ClientConfig) -> None:
+        if request.model_blocks is None:
+            raise ValueError("a session must know how many blocks its model has")
         self.failovers = 0
         self.replayed_tokens = 0
         self._network = network
         self._router = router
         self._request = request
+        self._blocks = request.model_blocks
         self._config = config
         self._id = router.new_session_id()
         self._hops: list[_Hop] = []
@@ -240,7 +245,7 @@ class Session:
                 await self._bridge(index)
         while True:
             standing = [hop.plan.span for hop in self._hops if hop.lost is None]
-            missing = gaps(standing, self._request.model_blocks)
+            missing = gaps(standing, self._blocks)
             if missing:
                 await self._replace(missing)
                 continue
@@ -310,6 +315,7 @@ class Session:
             self._lose(hop, error)
         else:
             if isinstance(answer, Opened):
+                hop.ticket = self._router.opened(hop.plan.peer, self._request.kv_tokens)
                 self._tasks.spawn(self._listen(hop, hop.stream), f"answers of {hop.session}")
             else:
                 self._lose(hop, _as_error(hop.plan.peer, answer))
@@ -451,6 +457,8 @@ class Session:
 
     async def _leave(self, hop: _Hop) -> None:
         """Say goodbye and hang up; a hop that is lost or does not listen is not waited for."""
+        if hop.ticket is not None:
+            self._router.closed(hop.ticket, well=hop.lost is None)
         if hop.stream is None:
             return
         try:

@@ -6,6 +6,7 @@ import logging
 from collections.abc import Callable
 
 from llmasos.config import ANNOUNCE_EVERY_S, LEASE_S
+from llmasos.errors import ConnectionLostError
 from llmasos.network import Network
 from llmasos.routing.directory import MODELS_TOPIC, model_topic
 from llmasos.routing.records import PeerRecord, PeerState
@@ -28,7 +29,7 @@ class Announcer:
         return self._state
 
     async def announce(self, state: PeerState) -> None:
-        """Tell the swarm of a new state. An unreachable registry is no failure: the next round tells it again."""
+        """Tell the swarm of a new state. A registry that is out of reach is no failure: the next round tells it."""
         self._state = state
         await self._publish()
 
@@ -42,7 +43,11 @@ class Announcer:
         async with self._lock:  # a round and a change of state must not overtake each other
             record = self._describe(self._state)
             index = json.dumps({"model": record.model}).encode()
-            stored = await self._network.publish(model_topic(record.model), record.to_bytes(), LEASE_S)
-            stored &= await self._network.publish(MODELS_TOPIC, index, LEASE_S)
+            try:
+                stored = await self._network.publish(model_topic(record.model), record.to_bytes(), LEASE_S)
+                stored &= await self._network.publish(MODELS_TOPIC, index, LEASE_S)
+            except ConnectionLostError as error:  # our own daemon is gone; who runs the peer watches for that
+                log.debug("not announced: %s", error.message)
+                return
         if not stored:
             log.warning("nobody stored the announcement; trying again in %.0f s", ANNOUNCE_EVERY_S)

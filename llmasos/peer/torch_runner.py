@@ -27,15 +27,13 @@ PROBE_PASSES = 5
 
 
 class TorchRunner:
-    """Runs a span of decoder blocks. `threads` sets torch's intra-op threads for the whole process; 0 leaves them."""
+    """Runs a span of decoder blocks. How many threads torch uses in a pass is OMP_NUM_THREADS's to say."""
 
-    def __init__(self, blocks: DecoderBlocks, *, threads: int = 0) -> None:
+    def __init__(self, blocks: DecoderBlocks) -> None:
         self._blocks = blocks
         self._dtype: DType = wire_dtype(blocks.dtype)
         self._caches: dict[str, SessionCache] = {}
-        self._thread = ThreadPoolExecutor(
-            1, thread_name_prefix="compute", initializer=_use_threads, initargs=(threads,)
-        )
+        self._thread = ThreadPoolExecutor(1, "compute")
 
     @property
     def span(self) -> Span:
@@ -142,8 +140,3 @@ class TorchRunner:
             output.cpu()  # waits for the device
             seconds.append(time.perf_counter() - begin)
         return statistics.median(seconds)
-
-
-def _use_threads(threads: int) -> None:
-    if threads:
-        torch.set_num_threads(threads)

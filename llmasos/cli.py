@@ -1,0 +1,161 @@
+"""llmasos: the command line for those who use a swarm."""
+
+import json
+import sys
+from argparse import ArgumentParser, Namespace
+from dataclasses import asdict
+from typing import Any
+
+from rich.table import Table
+from rich.text import Text
+
+from llmasos import __version__
+from llmasos.config import NetworkConfig
+from llmasos.console import parser, run, say, set_up_logging, show, talk, whole
+from llmasos.errors import UsageError
+
+
+async def generate(args: Namespace) -> None:
+    """Write a completion to stdout: piece by piece, or as one JSON object."""
+    say(f"joining the swarm, loading the ends of {args.model}")
+    from llmasos.client.client import AsyncLLMasOS
+    from llmasos.client.generate import Generation
+
+    options: dict[str, Any] = {
+        "max_new_tokens": args.max_new_tokens,
+        "temperature": args.temperature,
+        "top_p": args.top_p,
+        "top_k": args.top_k,
+        "seed": args.seed,
+        "stop": args.stop,
+    }
+    async with AsyncLLMasOS(args.join) as client:
+        result: Generation | None = None
+        async for piece in client.stream(_prompt(args.prompt), args.model, **options):
+            if isinstance(piece, Generation):
+                result = piece
+            elif not args.json:
+                sys.stdout.write(piece)
+                sys.stdout.flush()
+    assert result is not None, "a stream that did not raise ends with its Generation"
+    if args.json:
+        show(json.dumps(asdict(result), ensure_ascii=False))
+        return
+    show("")
+    route = " → ".join(f"{hop.blocks} on {hop.peer[-8:]}" for hop in result.route)
+    say(f"{result.completion_tokens} tokens, {result.tokens_per_s:.1f} tokens/s, route {route}", style="dim")
+
+
+async def status(args: Namespace) -> None:
+    """What the swarm serves: a table, or one JSON object."""
+    from llmasos.p2p import P2PNetwork
+    from llmasos.routing.directory import Directory
+    from llmasos.routing.view import status as describe
+
+    async with await P2PNetwork.create(NetworkConfig(listen=False)) as network:
+        await network.join(args.join)
+        directory = Directory(network)
+        await directory.refresh_all()
+        found = describe(directory.view, network.now())
+    if args.json:
+        show(json.dumps(found, ensure_ascii=False))
+        return
+    if not found["models"]:
+        say(f"no peer serves blocks here; start one: python -m llmasos.peer --blocks 0:12 --join {args.join[0]}")
+    for model in found["models"]:
+        _show_model(model, args.join[0])
+
+
+def _show_model(model: dict[str, Any], join: str) -> None:
+    if model["covered"]:
+        verdict = "usable: every block has a peer"
+    else:
+        gaps = ", ".join(model["missing"])
+        command = f"python -m llmasos.peer --blocks {model['missing'][0]} --model {model['model']} --join {join}"
+        verdict = f"not usable: blocks {gaps} have no peer\n  {command}"
+    say(f"{model['model']} is {verdict}", style="bold green" if model["covered"] else "bold red")
+    table = Table(box=None, pad_edge=False)
+    for column in ("peer", "name", "blocks", "state", "rows/s", "load", "kv free", "numbers", "version", "age"):
+        table.add_column(column, justify="right" if column in ("rows/s", "load", "kv free", "age") else "left")
+    for peer in model["peers"]:
+        numbers = peer["dtype"] if peer["quantization"] == "none" else f"{peer['dtype']}, {peer['quantization']}"
+        cells = (
+            peer["peer"][-8:],
+            peer["name"],
+            peer["blocks"],
+            peer["state"],
+            f"{peer['throughput']:,.0f}",
+            f"{peer['load']:.0%}",
+            f"{peer['kv_free_tokens']:,}",
+            numbers,
+            peer["version"],
+            f"{peer['age_s']:.0f} s",
+        )
+        table.add_row(*(Text(cell) for cell in cells))  # Text: a peer's name is not markup
+    talk.print(table)
+
+
+def _prompt(text: str) -> str:
+    """The prompt, or stdin for `-`. The shell's bytes that are not UTF-8 arrive as surrogates: refused here."""
+    if text == "-":
+        try:
+            return sys.stdin.buffer.read().decode()
+        except UnicodeDecodeError as error:
+            raise UsageError(f"stdin is not UTF-8: {error.reason} at byte {error.start}") from error
+    return text
+
+
+def _add_generate(command: ArgumentParser) -> None:
+    command.add_argument("prompt", help="the text to go on from; - reads stdin")
+    command.add_argument("--model", default="smollm2", help="alias, directory, .gguf file or hub id")
+    command.add_argument("--max-new-tokens", type=whole(1), default=64, help="(default: %(default)s)")
+    command.add_argument("--temperature", type=float, default=0.0, help="0 takes the likeliest token (default)")
+    command.add_argument("--top-p", type=float, default=1.0, help="(default: %(default)s)")
+    command.add_argument("--top-k", type=whole(0), default=0, help="0 for all (default)")
+    command.add_argument("--seed", type=int, help="the same seed gives the same text")
+    command.add_argument("--stop", action="append", metavar="TEXT", help="end before this text; repeatable")
+
+
+COMMANDS = {
+    "generate": (
+        generate,
+        "Generate text through a swarm.",
+        '  llmasos generate "The world is" --join /ip4/127.0.0.1/tcp/31337/p2p/12D3Koo…',
+    ),
+    "status": (
+        status,
+        "Show the models and peers of a swarm.",
+        "  llmasos status --join /ip4/127.0.0.1/tcp/31337/p2p/12D3Koo… --json",
+    ),
+}
+
+
+def build_parser() -> ArgumentParser:
+    """All commands and their options."""
+    top = parser("llmasos", "Use a swarm of language model peers.", COMMANDS["generate"][2])
+    top.add_argument("--version", action="version", version=f"llmasos {__version__}")
+    commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    for name, (_, description, example) in COMMANDS.items():
+        command = commands.add_parser(
+            name,
+            help=description,
+            description=description,
+            epilog=f"example:\n{example}",
+            formatter_class=top.formatter_class,
+        )
+        if name == "generate":
+            _add_generate(command)
+        command.add_argument("--join", action="append", required=True, metavar="MULTIADDR", help="a peer of the swarm")
+        command.add_argument("--json", action="store_true", help="one JSON object on stdout")
+    return top
+
+
+def main() -> None:
+    """The entry point."""
+    args = build_parser().parse_args()
+    set_up_logging(debug=args.debug)
+    run(COMMANDS[args.command][0], args)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,155 @@
+"""How LLMasOS talks to people: stdout carries data, stderr carries talk, and an error says what to type next."""
+
+import asyncio
+import logging
+import os
+import signal
+import sys
+import time
+from argparse import ArgumentParser, ArgumentTypeError, Namespace, RawDescriptionHelpFormatter
+from collections.abc import Callable, Coroutine, Iterator
+from contextlib import contextmanager
+from typing import Any, NoReturn
+
+import msgspec
+import uvloop
+from rich.console import Console
+from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
+
+from llmasos.errors import LLMasOSError, UsageError
+
+talk = Console(stderr=True, highlight=False, soft_wrap=True)
+"""Everything that is not data. Colours only on a terminal, and never with NO_COLOR."""
+
+QUIET_S = 2.0
+"""A wait shorter than this needs no progress bar."""
+
+ProgressCallback = Callable[[int, int], None]
+
+
+def say(text: str = "", *, style: str | None = None) -> None:
+    """A line of talk; square brackets in it mean nothing."""
+    talk.print(text, style=style, markup=False)
+
+
+def show(data: str) -> None:
+    """A line of data."""
+    sys.stdout.write(data + "\n")
+    sys.stdout.flush()
+
+
+def parser(prog: str, description: str, example: str) -> ArgumentParser:
+    """An argument parser whose help ends with an example."""
+    made = ArgumentParser(
+        prog=prog, description=description, epilog=f"example:\n{example}", formatter_class=RawDescriptionHelpFormatter
+    )
+    made.add_argument("--debug", action="store_true", help="log everything, and show tracebacks")
+    return made
+
+
+def whole(least: int) -> Callable[[str], int]:
+    """An argparse type: a whole number of at least `least`."""
+
+    def parse(text: str) -> int:
+        try:
+            value = int(text)
+        except ValueError:
+            value = least - 1
+        if value < least:
+            raise ArgumentTypeError(f"{text!r} is not a whole number of at least {least}")
+        return value
+
+    return parse
+
+
+def run(work: Callable[[Namespace], Coroutine[Any, Any, None]], args: Namespace) -> NoReturn:
+    """Run a command to its end and exit: 0 done, 1 failed, 2 wrong usage, 130 interrupted."""
+    try:
+        uvloop.run(work(args))
+    except LLMasOSError as error:
+        if args.debug:
+            talk.print_exception()
+        say(f"error: {error.message}", style="bold red")
+        if error.hint:
+            say(f"  {error.hint}")
+        leave(2 if isinstance(error, UsageError) else 1)
+    except KeyboardInterrupt:
+        leave(130)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # the reader of our stdout has gone
+        leave(1)
+    leave(0)
+
+
+def leave(code: int) -> NoReturn:
+    """Exit."""
+    raise SystemExit(code)
+
+
+def stop_signal() -> asyncio.Event:
+    """An event that SIGTERM or Ctrl-C sets. A second one ends the process at once."""
+    stop = asyncio.Event()
+    loop = asyncio.get_running_loop()
+
+    def on_signal() -> None:
+        if stop.is_set():
+            os._exit(130)
+        stop.set()
+
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, on_signal)
+    return stop
+
+
+@contextmanager
+def progress(what: str) -> Iterator[ProgressCallback]:
+    """A callback for (done, total) bytes: a bar on a terminal, a line per tenth elsewhere, nothing if it is quick."""
+    begin = time.monotonic()
+    if talk.is_terminal:
+        columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TimeRemainingColumn())
+        with Progress(*columns, console=talk, transient=True) as bar:
+            task = bar.add_task(what, total=None, visible=False)
+
+            def update(done: int, total: int) -> None:
+                bar.update(task, completed=done, total=total, visible=time.monotonic() - begin > QUIET_S)
+
+            yield update
+        return
+    said = 0
+
+    def report(done: int, total: int) -> None:
+        nonlocal said
+        tenth = 10 * done // total if total else 10
+        if tenth > said and time.monotonic() - begin > QUIET_S:
+            said = tenth
+            say(f"{what}: {10 * tenth} %")
+
+    yield report
+
+
+class _JsonFormatter(logging.Formatter):
+    """One JSON object a line, for machines."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        fields: dict[str, Any] = {
+            "time": record.created,
+            "level": record.levelname.lower(),
+            "logger": record.name,
+            "message": record.getMessage(),
+        }
+        if record.exc_info:
+            fields["traceback"] = self.formatException(record.exc_info)
+        return msgspec.json.encode(fields).decode()
+
+
+def set_up_logging(*, debug: bool, form: str = "pretty") -> None:
+    """Send logs to stderr: ours from INFO, those of libraries from WARNING; everything with `debug`."""
+    handler = logging.StreamHandler(sys.stderr)
+    if form == "json":
+        handler.setFormatter(_JsonFormatter())
+    else:
+        handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)-7s %(message)s", "%H:%M:%S"))
+    logging.basicConfig(level=logging.DEBUG if debug else logging.WARNING, handlers=[handler], force=True)
+    logging.getLogger("llmasos").setLevel(logging.DEBUG if debug else logging.INFO)
+    for name in ("asyncio", "hivemind"):
+        logging.getLogger(name).setLevel(logging.INFO if debug else logging.WARNING)

@@ -1,0 +1,131 @@
+"""A swarm in one process: shipped peers and shipped clients on the simulated seams."""
+
+import random
+from collections.abc import AsyncIterator, Sequence
+from contextlib import AsyncExitStack, asynccontextmanager
+from dataclasses import dataclass, replace
+
+from llmasos.client.router import Router
+from llmasos.client.session import Session
+from llmasos.config import ClientConfig, PeerConfig
+from llmasos.network import PeerId
+from llmasos.peer.handler import Served
+from llmasos.peer.peer import Peer
+from llmasos.peer.runner import Speed
+from llmasos.routing.directory import Directory
+from llmasos.routing.planner import RouteRequest
+from llmasos.span import Span
+from sim.network import SimNetwork, SimSwarm
+from sim.runner import SimRunner
+
+CPU_SPEED = Speed(first_row_s=0.0015, row_s=0.0001)
+"""One block of a 135M model on two cores of this year's server, in float32 (docs/log.md)."""
+
+
+@dataclass(frozen=True, slots=True)
+class SimModel:
+    """A model that exists only as a number of blocks."""
+
+    name: str = "simulated"
+    blocks: int = 12
+    context_tokens: int = 8_192
+
+    @property
+    def digest(self) -> str:
+        """Two models of the simulator are the same when they are equal."""
+        return f"{self.name}-{self.blocks}"
+
+    @property
+    def served(self) -> Served:
+        """What a peer of it serves."""
+        return Served(self.name, self.digest, self.blocks, self.context_tokens)
+
+    def request(self, kv_tokens: int) -> RouteRequest:
+        """A route through all of it, for one decoding session."""
+        return RouteRequest(
+            model=self.name,
+            digest=self.digest,
+            model_blocks=self.blocks,
+            prompt_tokens=1,
+            new_tokens=max(kv_tokens - 1, 1),
+            kv_tokens=kv_tokens,
+            dtype="float32",
+            quantization="none",
+        )
+
+
+class SimCluster:
+    """Peers and clients that come and go. An async context manager: leaving it stops everybody."""
+
+    def __init__(self, world: SimSwarm, model: SimModel, *, config: PeerConfig | None = None) -> None:
+        self.world = world
+        self.model = model
+        self.peers: dict[str, Peer] = {}
+        self._config = config or PeerConfig()
+        self._lives: dict[str, AsyncExitStack] = {}
+
+    async def __aenter__(self) -> "SimCluster":
+        return self
+
+    async def __aexit__(self, *reason: object) -> None:
+        for name in list(self._lives):
+            await self.stop(name)
+
+    async def start(
+        self,
+        name: str,
+        span: str,
+        *,
+        speed: Speed = CPU_SPEED,
+        kv_tokens: int = 65_536,
+        network: SimNetwork | None = None,
+    ) -> PeerId:
+        """Bring a peer online; `network` is the place of one that was there before."""
+        place = network or self.world.network(name)
+        life = AsyncExitStack()
+        await life.enter_async_context(place)
+        runner = SimRunner(Span.parse(span), speed)
+        life.push_async_callback(runner.close)
+        config = replace(self._config, name=name)
+        peer = Peer(place, runner, self.model.served, config, kv_tokens=kv_tokens)
+        self.peers[name] = await life.enter_async_context(peer)
+        self._lives[name] = life
+        return place.peer_id
+
+    async def stop(self, name: str) -> None:
+        """SIGTERM: drain, say goodbye, go."""
+        del self.peers[name]
+        await self._lives.pop(name).aclose()
+
+    def kill(self, name: str) -> None:
+        """SIGKILL: gone between two instructions. What it leaves behind in this process is swept up at the end."""
+        self.world.kill(self.peers[name].network.peer_id)
+
+    @asynccontextmanager
+    async def client(
+        self, name: str, *, seed: int = 0, config: ClientConfig | None = None
+    ) -> AsyncIterator["SimClient"]:
+        """A client with its own view of the swarm."""
+        async with self.world.network(name, listen=False) as place:
+            settings = config or ClientConfig()
+            router = Router(place, Directory(place), settings, random.Random(seed))
+            yield SimClient(place, router, settings, self.model)
+
+
+@dataclass(frozen=True, slots=True)
+class SimClient:
+    """Opens sessions like a real client; its prompts are numbers."""
+
+    network: SimNetwork
+    router: Router
+    config: ClientConfig
+    model: SimModel
+
+    def session(self, kv_tokens: int = 1_024) -> Session:
+        """A session through all blocks, to be entered with `async with`."""
+        return Session(self.network, self.router, self.model.request(kv_tokens), self.config)
+
+
+def names(prefix: str, spans: Sequence[str]) -> list[tuple[str, str]]:
+    """`[("peer0", "0:4"), …]` for a list of spans."""
+    return [(f"{prefix}{index}", span) for index, span in enumerate(spans)]
