@@ -1,7 +1,7 @@
 """python -m bootstrap: run a bootstrap; prints its multiaddr on stdout when it is ready."""
 
 import asyncio
-from argparse import Namespace
+from argparse import ArgumentParser, Namespace
 from pathlib import Path
 
 from llmasos.config import NetworkConfig
@@ -28,8 +28,8 @@ async def serve(args: Namespace) -> None:
             raise LLMasOSError("the p2p daemon of this process died", hint="start it again: python -m bootstrap")
 
 
-def main() -> None:
-    """The command line."""
+def build_parser() -> ArgumentParser:
+    """All options."""
     args = parser(
         "python -m bootstrap",
         "Run a bootstrap: the first address that the peers and clients of a swarm join.",
@@ -38,6 +38,12 @@ def main() -> None:
     args.add_argument("--host", default="127.0.0.1", help="address to listen on (default: %(default)s)")
     args.add_argument("--port", type=whole(0), default=0, help="port to listen on; 0 takes a free one")
     args.add_argument("--identity", type=Path, help="key file; made when it is missing, so that the address stays")
+    return args
+
+
+def main() -> None:
+    """The command line."""
+    args = build_parser()
     parsed = args.parse_args()
     set_up_logging(debug=parsed.debug)
     if parsed.port > 65_535:

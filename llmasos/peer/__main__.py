@@ -3,22 +3,23 @@
 import asyncio
 import random
 import secrets
-from argparse import Namespace
+from argparse import ArgumentParser, Namespace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from llmasos.blocks.devices import free_memory_bytes, resolve_device, resolve_dtype
-from llmasos.blocks.layers import DecoderBlocks, load_blocks
-from llmasos.blocks.registry import ModelSpec, resolve
 from llmasos.config import LEASE_S, MAX_AUTO_KV_TOKENS, NetworkConfig, PeerConfig
 from llmasos.console import parser, progress, run, say, set_up_logging, show, stop_signal, whole
 from llmasos.errors import LLMasOSError, UsageError
 from llmasos.p2p import P2PNetwork
 from llmasos.peer.handler import Served
 from llmasos.peer.peer import Peer
-from llmasos.peer.torch_runner import TorchRunner
 from llmasos.routing.directory import Directory
 from llmasos.routing.placement import choose_span
 from llmasos.span import Span
+
+if TYPE_CHECKING:  # torch is imported when there is something to serve: --help and wrong usage take no seconds
+    from llmasos.blocks.layers import DecoderBlocks
+    from llmasos.blocks.registry import ModelSpec
 
 EXAMPLE = """  python -m llmasos.peer --blocks 0:12                                    # start a swarm of your own
   python -m llmasos.peer --blocks 12:30 --join /ip4/…/tcp/…/p2p/12D3Koo…   # join one
@@ -28,12 +29,19 @@ EXAMPLE = """  python -m llmasos.peer --blocks 0:12                             
 async def serve(args: Namespace) -> None:
     """Load, join, announce, and serve until told to stop."""
     config = _config(args)
+    asked = None if config.blocks == "auto" else Span.parse(config.blocks)
     stop = stop_signal()
+    say(f"starting: {config.model}, blocks {config.blocks}")
+    from llmasos.blocks.devices import free_memory_bytes, resolve_device, resolve_dtype
+    from llmasos.blocks.layers import load_blocks
+    from llmasos.blocks.registry import resolve
+    from llmasos.peer.torch_runner import TorchRunner
+
     # 1. What can be wrong without a network is found before anybody hears of us.
     device = resolve_device(config.device)
     dtype = resolve_dtype(config.dtype, device)
     spec = await asyncio.to_thread(resolve, config.model)
-    wanted = None if config.blocks == "auto" else _checked(Span.parse(config.blocks), spec)
+    wanted = None if asked is None else _checked(asked, spec)
     say(f"{spec.name}: {spec.blocks} blocks, hidden {spec.hidden_size}, family {spec.family}")
     async with await P2PNetwork.create(config.network) as network:
         # 2. Where we serve.
@@ -47,7 +55,7 @@ async def serve(args: Namespace) -> None:
             blocks = await asyncio.to_thread(load_blocks, spec, span, dtype=dtype, device=device, progress=report)
         runner = TorchRunner(blocks)
         served = Served(spec.name, spec.digest, spec.blocks, spec.context_tokens)
-        kv_tokens = config.kv_tokens or _kv_tokens(blocks)
+        kv_tokens = config.kv_tokens or _kv_tokens(free_memory_bytes(blocks.device), blocks)
         # 4. Online, until somebody wants us gone or we cannot go on.
         try:
             async with Peer(network, runner, served, config, kv_tokens=kv_tokens) as peer:
@@ -78,7 +86,7 @@ def _config(args: Namespace) -> PeerConfig:
     )
 
 
-def _checked(span: Span, spec: ModelSpec) -> Span:
+def _checked(span: Span, spec: "ModelSpec") -> Span:
     if span.end > spec.blocks:
         raise UsageError(
             f"{spec.name} has the blocks 0:{spec.blocks}; {span} reaches beyond them",
@@ -87,16 +95,16 @@ def _checked(span: Span, spec: ModelSpec) -> Span:
     return span
 
 
-def _choose(directory: Directory, spec: ModelSpec, now: float, max_blocks: int | None) -> Span:
+def _choose(directory: Directory, spec: "ModelSpec", now: float, max_blocks: int | None) -> Span:
     """The range that helps the swarm most (`--blocks auto`)."""
     rng = random.Random(secrets.randbits(64))
     most = min(max_blocks or spec.blocks, spec.blocks)
     return choose_span(directory.view, spec.name, spec.blocks, most, throughput=None, now=now, rng=rng)
 
 
-def _kv_tokens(blocks: DecoderBlocks) -> int:
+def _kv_tokens(free_bytes: int, blocks: "DecoderBlocks") -> int:
     """A quarter of the memory that is free, in tokens."""
-    room = free_memory_bytes(blocks.device) // 4 // max(blocks.kv_bytes_per_token, 1)
+    room = free_bytes // 4 // max(blocks.kv_bytes_per_token, 1)
     return max(min(room, MAX_AUTO_KV_TOKENS), 1)
 
 
@@ -117,7 +125,7 @@ async def _wait(stop: asyncio.Event, network: P2PNetwork, peer: Peer) -> None:
         raise LLMasOSError("the p2p daemon of this peer died", hint="start the peer again")
 
 
-def _say_ready(peer: Peer, blocks: DecoderBlocks, directory: Directory, multiaddr: str) -> None:
+def _say_ready(peer: Peer, blocks: "DecoderBlocks", directory: Directory, multiaddr: str) -> None:
     """What this peer is to the swarm, and what can be done next."""
     model, spec_blocks = peer.served.model, peer.served.model_blocks
     coverage = directory.view.coverage(model)
@@ -143,8 +151,8 @@ def _say_ready(peer: Peer, blocks: DecoderBlocks, directory: Directory, multiadd
     say(f"  stop     Ctrl-C; the swarm knows at once (after a crash: within {LEASE_S:.0f} s)")
 
 
-def main() -> None:
-    """The command line."""
+def build_parser() -> ArgumentParser:
+    """All options."""
     args = parser("python -m llmasos.peer", "Serve a range of a model's blocks to a swarm.", EXAMPLE)
     args.add_argument("--blocks", required=True, help="half-open range, as in 0:12, or auto")
     args.add_argument("--model", default="smollm2", help="alias, directory, .gguf file or hub id (%(default)s)")
@@ -165,6 +173,12 @@ def main() -> None:
     args.add_argument("--max-blocks", type=whole(1), help="most blocks that --blocks auto may take")
     args.add_argument("--drain-timeout", type=float, default=PeerConfig.drain_timeout_s, metavar="S", help="seconds")
     args.add_argument("--log-format", default="pretty", choices=["pretty", "json"], help="(default: %(default)s)")
+    return args
+
+
+def main() -> None:
+    """The command line."""
+    args = build_parser()
     parsed = args.parse_args()
     if parsed.port > 65_535:
         args.error("--port: there are no ports above 65535")
