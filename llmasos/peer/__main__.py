@@ -169,9 +169,11 @@ def build_parser() -> ArgumentParser:
     )
     args.add_argument("--quantize", default="none", choices=["none", "int8", "int4"], help="(default: %(default)s)")
     args.add_argument("--kv-tokens", type=whole(1), help="room for cached tokens (default: a quarter of free memory)")
-    args.add_argument("--max-batch-tokens", type=whole(1), default=PeerConfig.max_batch_tokens, help="rows of one pass")
+    args.add_argument(
+        "--max-batch-tokens", type=whole(1), default=PeerConfig().max_batch_tokens, help="rows of one pass"
+    )
     args.add_argument("--max-blocks", type=whole(1), help="most blocks that --blocks auto may take")
-    args.add_argument("--drain-timeout", type=float, default=PeerConfig.drain_timeout_s, metavar="S", help="seconds")
+    args.add_argument("--drain-timeout", type=float, default=PeerConfig().drain_timeout_s, metavar="S", help="seconds")
     args.add_argument("--log-format", default="pretty", choices=["pretty", "json"], help="(default: %(default)s)")
     return args
 
