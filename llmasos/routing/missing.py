@@ -30,7 +30,7 @@ def refusal(
     if (record.digest, record.model_blocks) != checkpoint:
         return "of another checkpoint"
     if not request.allows(record.dtype, record.quantization):
-        return f"serving {_numerics_text(record.dtype, record.quantization)}"
+        return f"serving {_text(record.dtype, record.quantization)}"
     own_tokens = health.observed(record.peer, now, since=record.announced_at).own_tokens
     if record.kv_free_tokens - own_tokens < request.kv_tokens:
         return "full"
@@ -69,16 +69,17 @@ def _gaps_within(spans: Iterable[Span], wanted: Span) -> list[Span]:
 
 def _reasons(verdicts: Iterable[tuple[PeerRecord, str | None]], gap: Span, closest: Numerics | None) -> str:
     """`2 full, 1 draining`, of the peers that serve some block of the gap."""
-    reasons: Counter[str] = Counter()
-    for record, problem in verdicts:
-        if record.span.start < gap.end and gap.start < record.span.end:
-            # no problem of its own, and yet not usable: it computes in other numerics than the rest of the route
-            reasons[problem or f"serving {_numerics_text(record.dtype, record.quantization)}"] += 1
-    if not reasons:
+    within = [
+        (record, problem) for record, problem in verdicts if record.span.start < gap.end and gap.start < record.span.end
+    ]
+    if not within:
         return "nobody serves them"
+    # no problem of its own, and yet of no use: it computes in other numerics than the rest of the route
+    reasons = Counter(problem or f"serving {_text(record.dtype, record.quantization)}" for record, problem in within)
     others = ", ".join(f"{count} {reason}" for reason, count in reasons.most_common())
-    return others if closest is None else f"{others}, the rest being {_numerics_text(*closest)}"
+    mismatch = any(problem is None for _, problem in within)
+    return f"{others}, the rest being {_text(*closest)}" if closest and mismatch else others
 
 
-def _numerics_text(dtype: str, quantization: str) -> str:
+def _text(dtype: str, quantization: str) -> str:
     return dtype if quantization == "none" else f"{dtype} {quantization}"

@@ -19,9 +19,10 @@ from random import Random
 from typing import NamedTuple
 
 from llmasos.errors import MissingBlocksError
-from llmasos.routing.cost import NO_COST, HopCost, Offer, Work, hop_cost
+from llmasos.routing.cost import NO_COST, HopCost, Work, hop_cost
 from llmasos.routing.health import Health
 from llmasos.routing.missing import missing_blocks, refusal
+from llmasos.routing.records import PeerRecord
 from llmasos.routing.request import RouteRequest
 from llmasos.routing.view import Checkpoint, Pool, SwarmView
 from llmasos.span import Span
@@ -135,7 +136,7 @@ class _Bid(NamedTuple):
     rate_s: float
     end: int
     spread: float
-    offer: Offer
+    record: PeerRecord
 
 
 def _bids(
@@ -147,41 +148,48 @@ def _bids(
     rng: Random,
     health: Health,
 ) -> dict[int, list[_Bid]]:
-    """The prices of all who may serve the request, by the block at which their spans start."""
+    """The prices worth having, by the block at which their spans start: whoever is beaten at once is left out."""
     work, link_s, draw = request.work, request.work.link_s(health.typical_rtt_s), rng.random
     typical_fixed_s, typical_rate_s = _typical(pools, work, link_s)
     steps, prompt, chunks, room_needed = work.new_tokens, work.prompt_tokens, work.chunks, request.kv_tokens
+    first, pinned = request.start, bool(request.pin)
     singular = request.exclude.union(health)  # peers to look at one by one; with pins that is everybody
     found: dict[int, list[_Bid]] = {}
-    for pool in pools:
-        for start, group in pool.starts.items():
-            if start >= end:
+    for start, group in chain.from_iterable(pool.starts.items() for pool in pools):
+        if start >= end:
+            continue
+        bids = found.setdefault(start, [])
+        for peer, (stop, room, expires_at, block_s, row_s, step_s, queue_s, residual_s, record) in group.items():
+            if room < room_needed or expires_at <= now or stop <= first:
                 continue
-            bids = found.setdefault(start, [])
-            for peer, offer in group.items():
-                stop, room, expires_at, block_s, row_s, step_s, queue_s, residual_s, record = offer
-                if room < room_needed or expires_at <= now or stop <= request.start:
+            proven = False
+            if pinned or peer in singular:
+                if refusal(record, expires_at, request, checkpoint, now, health):
                     continue
-                proven = False
-                if peer in singular or request.pin:
-                    if refusal(record, expires_at, request, checkpoint, now, health):
-                        continue
-                    seen = health.observed(peer, now, since=record.announced_at)
-                    fixed_s = hop_cost(record, 0, work, seen).total_s
-                    rate_s = hop_cost(record, 1, work, seen).total_s - fixed_s
-                    proven = seen.proven
-                else:
-                    fixed_s = link_s + queue_s + steps * residual_s
-                    rate_s = steps * step_s + chunks * block_s + prompt * row_s
-                # one draw tosses the coin of belief and gives the spread
-                luck = 2.0 * draw()
-                if luck >= 1.0:
-                    luck -= 1.0
-                    if not proven:
-                        fixed_s = max(fixed_s, typical_fixed_s)
-                        rate_s = max(rate_s, typical_rate_s)
-                spread = 1.0 + SPREAD * luck
-                bids.append(_Bid(fixed_s * spread, rate_s * spread, stop, spread, offer))
+                seen = health.observed(peer, now, since=record.announced_at)
+                fixed_s = hop_cost(record, 0, work, seen).total_s
+                rate_s = hop_cost(record, 1, work, seen).total_s - fixed_s
+                proven = seen.proven
+            else:
+                fixed_s = link_s + queue_s + steps * residual_s
+                rate_s = steps * step_s + chunks * block_s + prompt * row_s
+            # one draw tosses the coin of belief and gives the spread
+            luck = 2.0 * draw()
+            if luck >= 1.0:
+                luck -= 1.0
+                if not proven:
+                    if fixed_s < typical_fixed_s:
+                        fixed_s = typical_fixed_s
+                    if rate_s < typical_rate_s:
+                        rate_s = typical_rate_s
+            spread = 1.0 + SPREAD * luck
+            fixed_s *= spread
+            rate_s *= spread
+            for other in bids:  # a handful
+                if other[0] <= fixed_s and other[1] <= rate_s and other[2] >= stop:
+                    break
+            else:
+                bids.append(_Bid(fixed_s, rate_s, stop, spread, record))
     return found
 
 
@@ -267,7 +275,7 @@ def _walk_back(arrivals: Sequence[tuple[_Bid, int]], start: int, end: int) -> It
 
 
 def _hop(leg: _Leg, work: Work, now: float, health: Health) -> Hop:
-    record = leg.bid.offer.record
+    record = leg.bid.record
     cost = hop_cost(record, len(leg.span), work, health.observed(record.peer, now, since=record.announced_at))
     asked_s = (leg.bid.fixed_s + len(leg.span) * leg.bid.rate_s) / leg.bid.spread
     doubt_s = max(0.0, asked_s - cost.total_s)

@@ -1,0 +1,79 @@
+from dataclasses import replace
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from llmasos.routing.cost import DEFAULT_RTT_S, FAILOVER_S, HOP_S, PRIOR, UNKNOWN, Observed, Work, hop_cost
+from tests.routing.builders import a_record
+
+WORK = Work(prompt_tokens=300, new_tokens=50, row_bytes=2_304)
+
+observations = st.builds(
+    Observed,
+    rtt_s=st.floats(0, 1),
+    block_s=st.floats(1e-5, 1),
+    evidence=st.floats(0, 64),
+    failures=st.integers(0, 8),
+    own_sessions=st.integers(0, 20),
+)
+
+
+def test_an_idle_peer_costs_link_and_compute_and_nothing_else() -> None:
+    cost = hop_cost(a_record(block_seconds=0.002, row_seconds=0.0001), 4, WORK)
+    transfer_s = 350 * 2_304 / 12.5e6
+    assert cost.link_s == pytest.approx(51 * (DEFAULT_RTT_S / 2 + HOP_S) + transfer_s)
+    assert cost.compute_s == pytest.approx(4 * (50 * 0.002 + 3 * 0.002 + 300 * 0.0001))  # 300 rows are 3 chunks
+    assert (cost.wait_s, cost.own_s, cost.risk_s, cost.doubt_s) == (0, 0, 0, 0)
+
+
+@given(st.integers(0, 1_000), st.integers(0, 500), st.integers(0, 50), st.integers(0, 5_000), observations)
+def test_a_cost_is_linear_in_blocks_and_its_parts_add_up(
+    prompt_tokens: int, new_tokens: int, active_sessions: int, queued_tokens: int, seen: Observed
+) -> None:
+    record = a_record(active_sessions=active_sessions, queued_tokens=queued_tokens)
+    costs = [hop_cost(record, blocks, Work(prompt_tokens, new_tokens), seen) for blocks in (0, 1, 12)]
+    fixed_s, one_s, twelve_s = (cost.total_s for cost in costs)
+    assert twelve_s == pytest.approx(fixed_s + 12 * (one_s - fixed_s))
+    for cost in costs:
+        parts = (cost.link_s, cost.compute_s, cost.wait_s, cost.own_s, cost.risk_s, cost.doubt_s)
+        assert min(parts) >= -1e-9
+        assert cost.total_s == pytest.approx(sum(parts))
+
+
+@pytest.mark.parametrize("busier", [{"active_sessions": 3}, {"queued_tokens": 500}, {"block_seconds": 0.001}])
+def test_a_busier_or_slower_peer_is_dearer(busier: dict[str, float]) -> None:
+    assert hop_cost(a_record(**busier), 5, WORK).total_s > hop_cost(a_record(), 5, WORK).total_s
+
+
+def test_our_own_sessions_that_no_record_shows_yet_count_like_announced_ones() -> None:
+    announced = hop_cost(a_record(active_sessions=3), 5, WORK)
+    ours = hop_cost(a_record(), 5, WORK, replace(UNKNOWN, own_sessions=3))
+    assert ours.own_s == pytest.approx(announced.wait_s)
+    # the pass that we arrive in the middle of is as long as the batch of all sessions
+    assert ours.total_s == pytest.approx(announced.total_s)
+
+
+def test_evidence_outweighs_the_claim_as_it_grows() -> None:
+    liar = a_record(block_seconds=1e-6, row_seconds=1e-9)
+    truth_s = 12 * 51 * 0.01  # 0.01 s a block, for 50 steps and one prompt
+    work = Work(prompt_tokens=1, new_tokens=50)
+    compute_s = [
+        hop_cost(liar, 12, work, Observed(block_s=0.01, evidence=evidence)).compute_s
+        for evidence in (0.0, 1.0, PRIOR, 60.0)
+    ]
+    assert compute_s == sorted(compute_s)
+    assert compute_s[0] < 0.001 * truth_s
+    assert compute_s[2] == pytest.approx(truth_s / 2, rel=0.01)
+    assert compute_s[3] > 0.85 * truth_s
+
+
+def test_waiting_that_we_have_seen_is_not_counted_twice() -> None:
+    record = a_record(active_sessions=5, queued_tokens=300)
+    seen = Observed(block_s=0.01, evidence=1e9)
+    assert hop_cost(record, 1, WORK, seen).wait_s < hop_cost(record, 1, WORK).wait_s
+
+
+def test_failures_cost_what_a_failover_does() -> None:
+    seen = replace(UNKNOWN, failures=3)
+    assert hop_cost(a_record(), 2, WORK, seen).risk_s == 3 * FAILOVER_S

@@ -1,0 +1,460 @@
+import subprocess
+import sys
+from collections import Counter
+from functools import cache
+from pathlib import Path
+from random import Random
+from statistics import median
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from llmasos.config import LEASE_S
+from llmasos.errors import MissingBlocksError, UsageError
+from llmasos.routing.cost import PRIOR, hop_cost
+from llmasos.routing.health import Health
+from llmasos.routing.planner import SPREAD, Hop, Route, plan, replan
+from llmasos.routing.records import PeerRecord, PeerState
+from llmasos.routing.request import RouteRequest
+from llmasos.routing.view import SwarmView
+from llmasos.span import Span
+from tests.routing.builders import NOW, a_record, a_request, a_view
+
+
+class Exact(Random):
+    """Takes every claim at its word and makes no offer dearer: the plan is the cheapest one."""
+
+    def random(self) -> float:
+        return 0.0
+
+
+class Trusting(Random):
+    """Believes every claim, and spreads as usual."""
+
+    def random(self) -> float:
+        return super().random() / 2
+
+
+def cheapest_s(view: SwarmView, request: RouteRequest, start: int, end: int) -> float:
+    """The cost of the best chain, by trying each peer on each range; infinite when there is none."""
+    records = [
+        record
+        for record, expires_at in view.leases(request.model)
+        if record.state is PeerState.ONLINE
+        and expires_at > NOW
+        and record.digest == request.digest
+        and record.kv_free_tokens >= request.kv_tokens
+        and record.peer not in request.exclude
+        and (not request.pin or record.peer in request.pin)
+        and request.allows(record.dtype, record.quantization)
+    ]
+
+    def chain_s(usable: list[PeerRecord]) -> float:
+        @cache
+        def from_block(at: int) -> float:
+            return min(
+                (
+                    hop_cost(record, leave - at, request.work).total_s + (from_block(leave) if leave < end else 0.0)
+                    for record in usable
+                    for leave in range(at + 1, end + 1)
+                    if at in record.span and leave <= record.span.end
+                ),
+                default=float("inf"),
+            )
+
+        return from_block(start)
+
+    if request.mixed:
+        return chain_s(records)
+    kinds = {(record.dtype, record.quantization) for record in records}
+    return min(
+        (chain_s([r for r in records if (r.dtype, r.quantization) == kind]) for kind in kinds), default=float("inf")
+    )
+
+
+@st.composite
+def small_swarms(draw: st.DrawFn) -> SwarmView:
+    view = SwarmView()
+    for number in range(draw(st.integers(1, 9))):
+        start = draw(st.integers(0, 7))
+        view.add(
+            a_record(
+                f"peer{number}",
+                model_blocks=8,
+                span=Span(start, draw(st.integers(start + 1, 8))),
+                state=draw(st.sampled_from([PeerState.ONLINE] * 5 + [PeerState.DRAINING])),
+                digest=draw(st.sampled_from(["sha256:00ff"] * 7 + ["sha256:ee"])),
+                dtype=draw(st.sampled_from(["float32", "float32", "bfloat16"])),
+                announced_at=draw(st.sampled_from([NOW - 1, NOW - 1, NOW - LEASE_S])),
+                block_seconds=draw(st.floats(1e-6, 1.0)),
+                row_seconds=draw(st.floats(1e-9, 0.1)),
+                active_sessions=draw(st.integers(0, 9)),
+                queued_tokens=draw(st.integers(0, 900)),
+                kv_free_tokens=draw(st.integers(50, 1_000)),
+            )
+        )
+    return view
+
+
+@st.composite
+def requests(draw: st.DrawFn) -> RouteRequest:
+    start = draw(st.integers(0, 6))
+    few = st.frozensets(st.sampled_from(["peer0", "peer1", "peer2"]), max_size=2)
+    return a_request(
+        model_blocks=8,
+        start=start,
+        end=draw(st.integers(start + 1, 8)),
+        prompt_tokens=draw(st.integers(0, 500)),
+        new_tokens=draw(st.integers(0, 100)),
+        kv_tokens=draw(st.integers(0, 100)),
+        dtype=draw(st.sampled_from([None, None, "float32"])),
+        mixed=draw(st.booleans()),
+        exclude=draw(few),
+        pin=draw(st.sampled_from([(), (), (), ("peer0", "peer1", "peer3", "peer4")])),
+    )
+
+
+@settings(max_examples=300)
+@given(small_swarms(), requests())
+def test_a_plan_is_the_cheapest_chain_or_there_is_none(view: SwarmView, request: RouteRequest) -> None:
+    assert request.end is not None
+    best_s = cheapest_s(view, request, request.start, request.end)
+    try:
+        route = plan(view, request, NOW, Exact())
+    except MissingBlocksError:
+        assert best_s == float("inf")
+        return
+    assert route.span == Span(request.start, request.end)
+    assert route.total_s == pytest.approx(best_s)
+    for hop in route.hops:
+        record = view.record(hop.peer, request.model)
+        assert record is not None
+        assert hop.span in record.span
+        assert hop.addresses == record.addresses
+        assert (hop.dtype, hop.quantization) == (record.dtype, record.quantization)
+    if not request.mixed:
+        assert len({(hop.dtype, hop.quantization) for hop in route.hops}) == 1
+
+
+@given(small_swarms(), requests(), st.integers(0, 2**32))
+def test_chance_makes_no_route_dearer_than_the_spread(view: SwarmView, request: RouteRequest, seed: int) -> None:
+    assert request.end is not None
+    try:
+        route = plan(view, request, NOW, Trusting(seed))
+    except MissingBlocksError:
+        return
+    best_s = cheapest_s(view, request, request.start, request.end)
+    assert best_s * 0.999 <= route.total_s <= best_s * (1 + SPREAD) * 1.001
+
+
+@given(small_swarms(), requests(), st.integers(0, 2**32))
+def test_doubt_changes_the_choice_never_whether_there_is_one(view: SwarmView, request: RouteRequest, seed: int) -> None:
+    outcomes = []
+    for rng in (Exact(), Random(seed)):
+        try:
+            outcomes.append(plan(view, request, NOW, rng).span)
+        except MissingBlocksError as error:
+            outcomes.append(error.message)
+    assert outcomes[0] == outcomes[1]
+
+
+def test_a_route_enters_and_leaves_spans_anywhere() -> None:
+    view = a_view(
+        a_record("slow", "0:30", block_seconds=0.01),
+        a_record("quick", "7:19", block_seconds=0.0001),
+    )
+    route = plan(view, a_request(), NOW, Exact())
+    assert [(hop.peer, str(hop.span)) for hop in route.hops] == [("slow", "0:7"), ("quick", "7:19"), ("slow", "19:30")]
+
+
+def test_a_hop_is_not_worth_a_small_gain() -> None:
+    view = a_view(a_record("one", "0:30"), a_record("a", "0:15", block_seconds=0.0006), a_record("b", "15:30"))
+    assert plan(view, a_request(), NOW, Exact()).peers == ("one",)
+
+
+def test_a_busy_peer_is_passed_by() -> None:
+    view = a_view(a_record("busy", "0:30", active_sessions=9), a_record("idle", "0:30"))
+    assert plan(view, a_request(), NOW, Exact()).peers == ("idle",)
+
+
+def test_numerics_are_chosen_as_one() -> None:
+    view = a_view(
+        a_record("f1", "0:15"),
+        a_record("f2", "15:30"),
+        a_record("b1", "0:15", dtype="bfloat16", block_seconds=1e-4),
+        a_record("b2", "15:30", dtype="bfloat16", block_seconds=0.02),
+    )
+    assert plan(view, a_request(), NOW, Exact()).peers == ("f1", "f2")
+    assert plan(view, a_request(mixed=True), NOW, Exact()).peers == ("b1", "f2")
+    assert plan(view, a_request(dtype="bfloat16"), NOW, Exact()).peers == ("b1", "b2")
+
+
+def test_a_liar_about_the_size_of_the_model_is_not_used() -> None:
+    view = a_view(a_record("eve", "0:12", model_blocks=12), a_record("alice", "0:30"), a_record("bob", "0:30"))
+    for request in (a_request(), a_request(end=12), a_request(model_blocks=30)):
+        assert "eve" not in plan(view, request, NOW, Exact()).peers
+
+
+# --- no herd ---------------------------------------------------------------------------------------------------------
+
+
+def equals(peers: int) -> SwarmView:
+    return a_view(*(a_record(f"peer{number}", "0:30", announced_at=NOW - 10) for number in range(peers)))
+
+
+def test_a_hundred_sessions_of_one_client_spread_evenly() -> None:
+    view, rng, health, chosen = equals(10), Random(1), Health(), Counter[str]()
+    for number in range(100):
+        (peer,) = plan(view, a_request(), NOW + number / 100, rng, health).peers
+        health.opened(peer, 100, NOW + number / 100)
+        chosen[peer] += 1
+    assert max(chosen.values()) <= 1.5 * 10
+    assert min(chosen.values()) >= 0.5 * 10
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_a_hundred_clients_with_one_stale_view_do_not_herd(seed: int) -> None:
+    """Each opens four sessions within ten seconds, and knows of no other client."""
+    view, chosen = equals(10), Counter[str]()
+    for client in range(100):
+        rng, health = Random(1_000 * seed + client), Health()
+        for number in range(4):
+            (peer,) = plan(view, a_request(), NOW + number, rng, health).peers
+            health.opened(peer, 100, NOW + number)
+            chosen[peer] += 1
+    assert max(chosen.values()) <= 1.5 * 40
+
+
+def test_a_hundred_clients_with_one_session_each_spread_as_evenly_as_chance_can() -> None:
+    """They cannot know of each other: the busiest of ten then has 15 or fewer in two windows of three, never 25."""
+    busiest = []
+    for window in range(25):
+        chosen = Counter(plan(equals(10), a_request(), NOW, Random(f"{window} {n}")).peers[0] for n in range(100))
+        busiest.append(max(chosen.values()))
+    assert median(busiest) <= 1.5 * 10
+    assert max(busiest) < 2.5 * 10
+
+
+def test_equal_peers_are_equally_likely() -> None:
+    view, rng = equals(10), Random(5)
+    chosen = Counter(plan(view, a_request(), NOW, rng).peers[0] for _ in range(2_000))
+    assert max(chosen.values()) <= 1.25 * 200
+    assert min(chosen.values()) >= 0.75 * 200
+
+
+def test_a_peer_that_is_clearly_worse_is_left_alone() -> None:
+    view = equals(9)
+    view.add(a_record("slow", "0:30", block_seconds=0.01))
+    assert all(plan(view, a_request(), NOW, Random(seed)).peers != ("slow",) for seed in range(200))
+
+
+# --- trust -----------------------------------------------------------------------------------------------------------
+
+
+def swarm_with_a_liar() -> SwarmView:
+    view = a_view(*(a_record(f"peer{number}", "0:30", active_sessions=2) for number in range(9)))
+    view.add(a_record("liar", "0:30", block_seconds=1e-6, row_seconds=1e-9, throughput=1e9))
+    return view
+
+
+def test_a_liar_cannot_capture_the_newcomers() -> None:
+    view = swarm_with_a_liar()
+    chosen = Counter(plan(view, a_request(), NOW, Random(seed)).peers[0] for seed in range(400))
+    assert chosen["liar"] <= 0.65 * 400
+
+
+def test_a_liar_is_found_out_by_its_first_session() -> None:
+    view, health = swarm_with_a_liar(), Health()
+    for step in range(60):
+        health.saw_step("liar", 30, 30 * 0.02, NOW + step / 60)
+    for number in range(9):
+        for _ in range(int(PRIOR)):
+            health.saw_step(f"peer{number}", 30, 30 * 0.0012, NOW)
+    assert all(plan(view, a_request(), NOW + 1, Random(seed), health).peers != ("liar",) for seed in range(200))
+
+
+def test_an_honest_fast_peer_is_used_always_once_it_is_known() -> None:
+    view = a_view(*(a_record(f"peer{number}", "0:30") for number in range(9)))
+    view.add(a_record("fast", "0:30", block_seconds=0.00002, row_seconds=0.000002))
+    health = Health()
+    for step in range(20):
+        health.saw_step("fast", 30, 30 * 0.00002, NOW + step / 20)
+        health.saw_rtt("fast", 0.02, NOW)
+    assert all(plan(view, a_request(), NOW + 1, Random(seed), health).peers == ("fast",) for seed in range(200))
+
+
+def test_the_cost_of_a_hop_explains_the_choice() -> None:
+    view = swarm_with_a_liar()
+    doubted = [
+        hop.cost.doubt_s
+        for seed in range(50)
+        for hop in plan(view, a_request(), NOW, Random(seed)).hops
+        if hop.peer == "liar"
+    ]
+    assert any(doubted)
+    assert not all(doubted)
+
+
+def test_determinism_does_not_depend_on_how_python_hashes() -> None:
+    script = """
+from random import Random
+from llmasos.routing.health import Health
+from llmasos.routing.planner import plan
+from tests.routing.builders import NOW, a_record, a_request, a_view
+spans = ["0:10", "5:20", "10:30", "0:30", "20:30", "12:22"]
+view = a_view(*(a_record(f"peer{n}", spans[n % 6], dtype=["float32", "bfloat16"][n % 7 == 0]) for n in range(60)))
+health = Health()
+for n in range(0, 60, 5):
+    health.failed(f"peer{n}", NOW)
+request = a_request(exclude=frozenset({"peer1", "peer2", "peer3"}))
+for seed in range(20):
+    print(plan(view, request, NOW, Random(seed), health))
+"""
+    outputs = {
+        subprocess.run(
+            [sys.executable, "-c", script],
+            cwd=Path(__file__).parents[2],
+            env={"PYTHONHASHSEED": seed},
+            capture_output=True,
+            check=True,
+            text=True,
+        ).stdout
+        for seed in ("1", "2", "77")
+    }
+    assert len(outputs) == 1
+
+
+# --- what we have seen -----------------------------------------------------------------------------------------------
+
+
+def test_a_failed_peer_is_tried_again_after_its_backoff() -> None:
+    view, health = a_view(a_record("alice", "0:30")), Health()
+    health.failed("alice", NOW)
+    with pytest.raises(MissingBlocksError, match="failed a moment ago"):
+        plan(view, a_request(), NOW + 0.5, Random(1), health)
+    assert plan(view, a_request(), NOW + 1.5, Random(1), health).peers == ("alice",)
+    assert plan(view, a_request(pin=("alice",)), NOW + 0.5, Random(1), health).peers == ("alice",)
+
+
+def test_room_that_we_have_just_taken_is_not_offered_again() -> None:
+    view, health = a_view(a_record("alice", "0:30", kv_free_tokens=150)), Health()
+    ticket = health.opened("alice", 100, NOW)
+    with pytest.raises(MissingBlocksError, match="1 full"):
+        plan(view, a_request(kv_tokens=100), NOW + 1, Random(1), health)
+    health.closed(ticket)
+    assert plan(view, a_request(kv_tokens=100), NOW + 1, Random(1), health)
+
+
+def test_a_session_that_the_record_shows_already_is_not_counted_twice() -> None:
+    health = Health()
+    health.opened("alice", 100, NOW - 5)
+    view = a_view(a_record("alice", "0:30", announced_at=NOW - 2, active_sessions=1))
+    assert plan(view, a_request(), NOW, Exact(), health).hops[0].cost.own_s == 0
+
+
+# --- failover --------------------------------------------------------------------------------------------------------
+
+
+def test_only_the_blocks_of_the_dead_peer_move() -> None:
+    view = a_view(
+        a_record("a", "0:10"),
+        a_record("b", "10:20"),
+        a_record("c", "20:30"),
+        a_record("d", "8:16"),
+        a_record("e", "14:22"),
+        a_record("quick", "0:30", dtype="bfloat16", block_seconds=1e-5),
+    )
+    route = plan(view, a_request(dtype="float32"), NOW, Exact())
+    mended = replan(view, a_request(), route, "b", NOW, Exact())
+    assert route.peers == ("a", "b", "c")
+    assert mended.peers == ("a", "d", "e", "c")
+    assert (mended.hops[0], mended.hops[-1]) == (route.hops[0], route.hops[-1])
+    assert mended.span == route.span
+    with pytest.raises(MissingBlocksError) as missing:
+        replan(view, a_request(exclude=frozenset("de")), route, "b", NOW, Exact())
+    assert missing.value.missing == ["10:20"]
+
+
+# --- why there is no route -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("changes", "asked", "reason"),
+    [
+        ({"state": PeerState.DRAINING}, {}, "2 draining"),
+        ({"state": PeerState.JOINING}, {}, "2 joining"),
+        ({"kv_free_tokens": 99}, {}, "2 full"),
+        ({"dtype": "bfloat16"}, {}, "2 serving bfloat16"),
+        ({"quantization": "int4"}, {"quantization": "none"}, "2 serving float32 int4"),
+        ({"digest": "sha256:ee"}, {}, "2 of another checkpoint"),
+        ({}, {"exclude": frozenset({"b", "c"})}, "2 excluded"),
+        ({}, {"pin": ("a",)}, "2 not pinned"),
+        ({"announced_at": NOW - LEASE_S}, {}, "2 gone"),
+        ({"blocks": "28:30"}, {}, "nobody serves them"),
+    ],
+)
+def test_the_error_says_why(changes: dict[str, object], asked: dict[str, object], reason: str) -> None:
+    blocks = str(changes.pop("blocks", "20:28"))
+    view = a_view(
+        a_record("a", "0:20"),
+        a_record("d", "28:30"),
+        a_record("b", blocks, **changes),
+        a_record("c", blocks, **changes),
+    )
+    if asked.get("pin"):
+        view = a_view(a_record("a", "0:20"), a_record("b", "20:28"), a_record("c", "20:28"))
+    asked = {"dtype": "float32"} | asked
+    with pytest.raises(MissingBlocksError) as missing:
+        plan(view, a_request(end=28, **asked), NOW, Random(1))
+    assert missing.value.missing == ["20:28"]
+    assert f"20:28: {reason}" in missing.value.message
+    assert "--blocks 20:28" in missing.value.hint
+
+
+def test_each_gap_has_its_own_reason() -> None:
+    view = a_view(
+        a_record("a", "0:10"),
+        a_record("b", "10:14", state=PeerState.DRAINING),
+        a_record("c", "12:14", kv_free_tokens=0),
+        a_record("d", "14:28"),
+    )
+    with pytest.raises(MissingBlocksError) as missing:
+        plan(view, a_request(), NOW, Random(1))
+    assert missing.value.missing == ["10:14", "28:30"]
+    assert "10:14: 1 draining, 1 full; 28:30: nobody serves them" in missing.value.message
+
+
+def test_halves_in_different_numerics_are_no_whole() -> None:
+    view = a_view(a_record("a", "0:16"), a_record("b", "16:30", dtype="bfloat16"))
+    with pytest.raises(MissingBlocksError, match="16:30: 1 serving bfloat16, the rest being float32"):
+        plan(view, a_request(), NOW, Random(1))
+    assert plan(view, a_request(mixed=True), NOW, Random(1)).peers == ("a", "b")
+
+
+def test_a_model_that_nobody_announces() -> None:
+    with pytest.raises(MissingBlocksError, match="no peer announces this model") as missing:
+        plan(SwarmView(), a_request(), NOW, Random(1))
+    assert "--blocks auto" in missing.value.hint
+    with pytest.raises(MissingBlocksError, match="0:30: nobody serves them"):
+        plan(SwarmView(), a_request(model_blocks=30), NOW, Random(1))
+    with pytest.raises(MissingBlocksError, match="5:9: 1 of another checkpoint"):
+        plan(a_view(a_record(digest="sha256:ee")), a_request(start=5, end=9), NOW, Random(1))
+
+
+# --- what cannot be ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{"start": -1}, {"start": 4, "end": 4}, {"end": 31, "model_blocks": 30}, {"kv_tokens": -1}, {"row_bytes": 0}],
+)
+def test_a_request_for_nothing_is_refused(changes: dict[str, int]) -> None:
+    with pytest.raises(UsageError):
+        a_request(**changes)
+
+
+@pytest.mark.parametrize("spans", [[], ["0:4", "5:9"], ["0:4", "3:9"], ["4:9", "0:4"]])
+def test_a_broken_chain_is_no_route(spans: list[str]) -> None:
+    with pytest.raises(ValueError, match="hop"):
+        Route(tuple(Hop("alice", Span.parse(span)) for span in spans))
