@@ -55,6 +55,10 @@ class Anatomy:
         return ".".join(part for part in (self.owner_name, self.list_name) if part) + "."
 
 
+_MISFITS = (ArithmeticError, AssertionError, AttributeError, LookupError, RuntimeError, TypeError, ValueError)
+"""What a model class raises when it cannot make sense of a config."""
+
+
 def dissect(config: PretrainedConfig, dtype: str) -> Anatomy:
     """Build the model of `config` without memory and find its layers. Raises UnsupportedModelError."""
     refuse_by_config(config)
@@ -76,7 +80,7 @@ def _on_meta(config: PretrainedConfig, dtype: str, attention: str | None) -> Any
     with quiet(), torch.device("meta"):
         try:
             return AutoModelForCausalLM.from_config(copy.deepcopy(config), dtype=DTYPES[dtype], **chosen)
-        except (ValueError, TypeError, AttributeError, KeyError, ZeroDivisionError, RuntimeError) as error:
+        except _MISFITS as error:
             raise CheckpointError(
                 f"the config of this {config.model_type} model does not describe a model: {error}",
                 hint="look into its config.json",
@@ -86,13 +90,22 @@ def _on_meta(config: PretrainedConfig, dtype: str, attention: str | None) -> Any
 def refuse_by_config(config: PretrainedConfig) -> None:
     """Raise UnsupportedModelError for what the config says and block-by-block serving does not do."""
     family = config.model_type
-    text = config.get_text_config()
-    reason = _unfit_config(config, text)
+    reason = _unfit_config(config, text_config(config))
     if reason:
         raise UnsupportedModelError(
             f"{family} models cannot be served block by block: {reason}",
             hint="decoder-only models with softmax attention can, as llama, qwen3, gemma2, phi3 or gpt2",
         )
+
+
+def text_config(config: PretrainedConfig) -> PretrainedConfig:
+    """The part of a config that describes the language model; the config itself where that is all it describes."""
+    try:
+        return config.get_text_config()
+    except ValueError as error:
+        raise UnsupportedModelError(
+            f"{config.model_type} models cannot be served block by block: they hold several text models"
+        ) from error
 
 
 def _unfit_config(config: PretrainedConfig, text: PretrainedConfig) -> str:
@@ -132,7 +145,7 @@ def refuse_by_class(model: PreTrainedModel) -> None:
 def _find_layers(model: Any) -> tuple[str, str, int]:
     """Name of the owner, name of the list in it, and its length."""
     family = model.config.model_type
-    blocks = int(getattr(model.config.get_text_config(), "num_hidden_layers", 0) or 0)
+    blocks = int(getattr(text_config(model.config), "num_hidden_layers", 0) or 0)
     found = [name for name, module in _outer_lists(model, "") if len(module) == blocks]
     if blocks < 1 or len(found) != 1:
         raise UnsupportedModelError(
@@ -188,7 +201,7 @@ def context_tokens(config: PretrainedConfig) -> tuple[int, bool]:
     Rotary embeddings of the kinds `dynamic` and `longrope` are recomputed for all positions when a sequence outgrows
     the original length. Keys that are cached already would stay as they were, so these models end there.
     """
-    text = config.get_text_config()
+    text = text_config(config)
     names = ("max_position_embeddings", "n_positions", "max_seq_len", "seq_length")
     stated = next((value for name in names if (value := getattr(text, name, None))), 2048)
     unsteady = [rope for rope in _ropes(text) if rope.get("rope_type") in _UNSTEADY_ROPE]

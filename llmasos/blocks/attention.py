@@ -89,6 +89,8 @@ class PackedStep:
     slots: list[Slot]
     seen: list[tuple[torch.Tensor, torch.Tensor]] = field(default_factory=list)
     """Per slot: all keys and values of the block that wrote last, (heads, tokens, width)."""
+    written: tuple[torch.Tensor, torch.Tensor] | None = None
+    """What the block that wrote last has put into the cache; it must attend to just that."""
     masks: dict[tuple[int, int], Mask] = field(default_factory=dict)
     """By pattern and slot; the blocks of one step share them."""
     patterns: list[Pattern] = field(default_factory=list)
@@ -106,7 +108,7 @@ class PackedStep:
 _step: ContextVar[PackedStep] = ContextVar("llmasos_packed_step")
 
 
-class PackedCache(Cache):
+class PackedCache(Cache):  # type: ignore[misc]
     """Looks like a kv cache to a model class; the kv goes into the caches of the sessions of `step`."""
 
     def __init__(self, step: PackedStep) -> None:
@@ -124,8 +126,9 @@ class PackedCache(Cache):
         self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *args: Any, **kwargs: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """(1, heads, rows, width) each. Returns them unchanged: what is attended to lies in `step.seen`."""
-        if self.step.seen:
+        if self.step.written is not None:
             raise NotPackableError("a block writes its kv twice")
+        self.step.written = key_states, value_states
         for slot in self.step.slots:
             rows = slice(slot.start, slot.start + slot.tokens)
             kv = slot.cache.block(layer_idx)
@@ -139,7 +142,7 @@ class PackedCache(Cache):
         return query_length, 0
 
 
-class SessionView(Cache):
+class SessionView(Cache):  # type: ignore[misc]
     """The kv of one session as the kv cache that any model class understands."""
 
     def __init__(self, cache: SessionCache, position: int) -> None:
@@ -174,16 +177,14 @@ def packed_attention(
     **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
     """Each session's queries over that session's keys. Returns (1, rows, query heads, value width)."""
-    unknown = [
-        name for name, given in kwargs.items() if name not in _HARMLESS and given is not None and given is not False
-    ]
+    unknown = [name for name, given in kwargs.items() if name not in _HARMLESS and not _is_off(given)]
     if unknown or dropout:
         raise NotPackableError(f"its attention wants {', '.join(unknown) or 'dropout'}")
     if attention_mask is None and not getattr(module, "is_causal", True):
         raise NotPackableError("its attention is not causal")
     step = _step.get()
-    if len(step.seen) != len(step.slots):
-        raise NotPackableError("its attention does not use the kv cache")
+    if step.written is None or step.written[0] is not key or step.written[1] is not value:
+        raise NotPackableError("it attends to something else than what it puts into the kv cache")
     pattern = attention_mask or _CAUSAL
     out = query.new_zeros(1, query.shape[2], query.shape[1], value.shape[3])
     for index, (slot, (keys, values)) in enumerate(zip(step.slots, step.seen, strict=True)):
@@ -196,7 +197,12 @@ def packed_attention(
             )
         out[0, slot.start : slot.start + slot.tokens] = attended.transpose(0, 1)
     step.seen.clear()
+    step.written = None
     return out, None
+
+
+def _is_off(given: Any) -> bool:
+    return given is None or given is False
 
 
 def _attend(
@@ -213,8 +219,7 @@ def _attend(
     heads, tokens = keys.shape[0], query.shape[1]
     group = query.shape[0] // heads
     if pattern.causal and tokens == keys.shape[1] and tokens > 1:
-        shared = {"enable_gqa": True} if group > 1 else {}
-        return sdpa(query[None], keys[None], values[None], is_causal=True, scale=scaling, **shared)[0]
+        return sdpa(query[None], keys[None], values[None], is_causal=True, scale=scaling, enable_gqa=group > 1)[0]
     start, mask = step.mask(pattern, slot, query)
     if mask is not None and group > 1:
         mask = mask.repeat(group, 1)  # (group x tokens, length)

@@ -26,7 +26,7 @@ class Finished(Exception):
 class Passing(torch.Tensor):
     """Hidden states behind a layer that did not run. Classes whose layers return tuples take element 0 of it."""
 
-    __torch_function__ = torch._C._disabled_torch_function_impl
+    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
 
     def __getitem__(self, index: Any) -> torch.Tensor:
         return self

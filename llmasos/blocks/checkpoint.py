@@ -78,7 +78,7 @@ def read_bytes(stored: Stored) -> torch.Tensor:
     raw = torch.empty(stored.nbytes, dtype=torch.uint8)
     with stored.file.open("rb", buffering=0) as file:
         file.seek(stored.offset)
-        view, done = memoryview(raw.numpy()), 0
+        view, done = memoryview(raw.numpy()), 0  # type: ignore[arg-type]
         while done < stored.nbytes:
             count = file.readinto(view[done:])
             if not count:

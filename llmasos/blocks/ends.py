@@ -91,8 +91,7 @@ def load_ends(
     dtype = resolve_dtype(dtype, device)
     body = dissect(spec.config, dtype)
     loader = Loader(body.model, spec.source.checkpoint(), DTYPES[dtype], device)
-    prefix = body.prefix
-    names = loader.tensors(lambda target: not target.startswith(prefix))
+    names = loader.others(body.prefix)
     chain = Chain(body.layers, None)
     setattr(body.owner, body.list_name, chain)
     total = loader.nbytes(names)

@@ -85,8 +85,9 @@ class GgufFile:
             block, block_bytes = gguf.GGML_QUANT_SIZES[quantization]
             nbytes = prod(shape) // block * block_bytes
             if base + offset + nbytes > size:
+                end = base + offset + nbytes
                 raise CheckpointError(
-                    f"{self.path} is truncated: tensor {name} ends at byte {base + offset + nbytes}, the file at {size}",
+                    f"{self.path} is truncated: tensor {name} ends at byte {end}, the file at {size}",
                     hint="download or copy it again",
                 )
             yield name, Stored(self.path, base + offset, nbytes, quantization.name, shape)

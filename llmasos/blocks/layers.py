@@ -20,6 +20,9 @@ from llmasos.blocks.registry import ModelSpec
 from llmasos.errors import UnsupportedModelError, UsageError
 from llmasos.span import Span
 
+_MISFITS = (ArithmeticError, AssertionError, AttributeError, LookupError, RuntimeError, TypeError, ValueError)
+"""What a model class raises when its blocks are run in a way that it was not made for."""
+
 
 @dataclass(slots=True)
 class BlockChunk:
@@ -138,18 +141,24 @@ class DecoderBlocks:
             self._chain.feed(None, None)
         raise UnsupportedModelError(f"{self._family} models run their layers in an unusual order")
 
+    def run_one_by_one(self) -> None:
+        """From now on give each chunk a forward pass of its own, with the family's own attention."""
+        self.packed = False
+        self._attend_by(self._body.attention)
+
+    def _attend_by(self, implementation: str) -> None:
+        with quiet():
+            self._body.model.set_attn_implementation(implementation)
+
     @torch.inference_mode()
     def run_as_family(self, rows: torch.Tensor, cache: Any) -> torch.Tensor:
         """A whole sequence (tokens, hidden) through all loaded blocks with the family's own attention, for trials."""
-        implementation = "eager" if self._body.packed else self._body.attention
-        with quiet():
-            self._body.model.set_attn_implementation(implementation)
+        self._attend_by("eager" if self._body.packed else self._body.attention)
         try:
             positions = torch.arange(rows.shape[0], device=self.device)[None]
             return self._run(self.span, rows[None], positions, cache, torch.randn_like(rows)[None])[0]
         finally:
-            with quiet():
-                self._body.model.set_attn_implementation(PACKED if self.packed else self._body.attention)
+            self._attend_by(PACKED if self.packed else self._body.attention)
 
 
 def load_blocks(
@@ -165,7 +174,7 @@ def load_blocks(
     body = dissect(spec.config, dtype)
     loader = Loader(body.model, spec.source.checkpoint(), DTYPES[dtype], device)
     prefix, layers = body.prefix, body.layers
-    plan = {index: loader.tensors(lambda target: target.startswith(f"{prefix}{index}.")) for index in span.blocks()}
+    plan = {index: loader.tensors(f"{prefix}{index}.") for index in span.blocks()}
     chain = Chain(layers, span)
     setattr(body.owner, body.list_name, chain)
     mute(body.owner, chain)
@@ -188,15 +197,18 @@ def _try_out(blocks: DecoderBlocks, body: Anatomy) -> None:
     lost = left_on_meta(body.owner)
     if lost:
         raise UnsupportedModelError(f"{body.model.config.model_type} models keep {lost[0]} outside of their blocks")
+    family = f"{body.model.config.model_type} models cannot be served block by block"
     try:
-        error = trial.deviation(blocks)
-    except NotPackableError:
-        blocks.packed = False
-        error = trial.deviation(blocks)
+        try:
+            error = trial.deviation(blocks)
+        except NotPackableError:
+            blocks.run_one_by_one()
+            error = trial.deviation(blocks)
+    except _MISFITS as reason:
+        raise UnsupportedModelError(f"{family}: their code fails when blocks run apart ({reason})") from reason
     if not error <= 1:
         raise UnsupportedModelError(
-            f"{body.model.config.model_type} models cannot be served block by block: their blocks give other results "
-            f"when they run apart ({error:.1f} times the tolerated error)"
+            f"{family}: their blocks give other results when they run apart ({error:.1f} times the tolerated error)"
         )
     cache = blocks.new_cache()
     blocks.forward([BlockChunk(cache, blocks.span, 0, torch.zeros(1, blocks.hidden_size))])

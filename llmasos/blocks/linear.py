@@ -16,7 +16,7 @@ ROWS_HINT = 16
 
 def can_pack(linear: nn.Module, device: str) -> bool:
     """Whether `linear` is a plain linear layer that oneDNN can take over on this machine."""
-    if type(linear) is not nn.Linear or torch.device(device).type != "cpu" or not torch.backends.mkldnn.is_available():
+    if type(linear) is not nn.Linear or torch.device(device).type != "cpu" or not torch._C._has_mkldnn:
         return False
     if linear.weight.dtype == torch.bfloat16:
         return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())

@@ -41,9 +41,13 @@ class Loader:
         self._mapping = get_model_conversion_mapping(model)
         self._device = device
 
-    def tensors(self, wanted: Callable[[str], bool]) -> list[str]:
-        """The tensors that go into parameters with a wanted name."""
-        return [name for name, target in self._targets.items() if wanted(target)]
+    def tensors(self, prefix: str) -> list[str]:
+        """The tensors that go into parameters whose names begin so."""
+        return [name for name, target in self._targets.items() if target.startswith(prefix)]
+
+    def others(self, prefix: str) -> list[str]:
+        """The tensors that go elsewhere."""
+        return [name for name, target in self._targets.items() if not target.startswith(prefix)]
 
     def nbytes(self, names: Iterable[str]) -> int:
         """How much there is to read."""

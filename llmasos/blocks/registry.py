@@ -54,7 +54,7 @@ def resolve(name: str) -> ModelSpec:
     shown, source = _find(name)
     config = source.config()
     body = anatomy.dissect(config, "float32")
-    text = config.get_text_config()
+    text = anatomy.text_config(config)
     eos = source.eos_token_ids()
     return ModelSpec(
         name=shown,

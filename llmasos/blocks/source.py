@@ -6,8 +6,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Protocol, cast
 
+from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoConfig, AutoTokenizer, PretrainedConfig, PreTrainedTokenizerBase, TokenizersBackend
 
+from llmasos.blocks import anatomy
 from llmasos.blocks.checkpoint import Checkpoint, SafetensorsFiles, canonical, digest
 from llmasos.blocks.gguf_file import GgufFile
 from llmasos.blocks.hub import HubCheckpoint, HubFiles, weight_map
@@ -163,9 +165,9 @@ def config_of(found: Mapping[str, Any], where: str) -> PretrainedConfig:
     try:
         with quiet():
             config = AutoConfig.for_model(**found)
-    except (ValueError, TypeError, AttributeError, KeyError) as error:
+    except (ValueError, TypeError, AttributeError, KeyError, StrictDataclassError) as error:
         raise CheckpointError(f"{where} is not a config of a {family} model: {error}") from error
-    if config.get_text_config() is config and not getattr(config, "is_encoder_decoder", False):
+    if anatomy.text_config(config) is config and not getattr(config, "is_encoder_decoder", False):
         _require_fields(config, found, where)
     return cast(PretrainedConfig, config)
 

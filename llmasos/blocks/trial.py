@@ -8,6 +8,7 @@ finds attention that is not causal, blocks that look at the embeddings or at eac
 and a packed attention that differs. It cannot find what depends on the weights of blocks that are not loaded.
 """
 
+from itertools import pairwise
 from typing import TYPE_CHECKING
 
 import torch
@@ -52,7 +53,7 @@ def _as_served(blocks: "DecoderBlocks", rows: torch.Tensor) -> torch.Tensor:
     for span in spans:
         cache, other = blocks.new_cache(), blocks.new_cache()
         outputs = []
-        for start, end in zip(_CUTS, _CUTS[1:], strict=False):
+        for start, end in pairwise(_CUTS):
             beside = BlockChunk(other, span, other.length, rows[start:end].flip(0))
             chunk = BlockChunk(cache, span, start, rows[start:end])
             outputs.append(blocks.forward([beside, chunk] if start else [chunk, beside])[-1 if start else 0])
