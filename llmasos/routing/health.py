@@ -4,8 +4,7 @@ A peer's record is its word; this is our evidence. Nothing here reads a clock: t
 the network time of the records. Memory is bounded: beyond `MAX_PEERS` the peer that was seen longest ago is forgotten.
 
 A failed peer is left alone for `BACKOFF_S`, twice as long after each further failure. It is then tried again, and only
-sessions that went well make us forget: each halves the count, so a peer that keeps dying half-way does not get away
-with answering in between.
+sessions that went well make us forget, each of them one failure: who dies more often than not is soon left alone.
 """
 
 from collections.abc import Iterator, Sequence
@@ -52,9 +51,9 @@ class _Ewma:
         self.at = max(self.at, now)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class Ticket:
-    """One session of ours on one peer; see `Health.opened`."""
+    """One session of ours on one peer; see `Health.opened`. Two tickets are never the same."""
 
     peer: str
     tokens: int
@@ -126,7 +125,8 @@ class Health:
 
     def succeeded(self, peer: str) -> None:
         """A session on it ended well."""
-        self._touch(peer).failures //= 2
+        known = self._touch(peer)
+        known.failures = max(0, known.failures - 1)
 
     def opened(self, peer: str, tokens: int, now: float) -> Ticket:
         """We begin a session there that reserves `tokens` of kv. Until its next record only we know."""
@@ -183,8 +183,7 @@ class Health:
         known = self._peers.pop(peer, None) or _Peer()
         self._peers[peer] = known
         if len(self._peers) > MAX_PEERS:
-            # the longest unused first; never one that we have sessions on, unless all are
-            idle = next((name for name, other in self._peers.items() if not other.tickets), next(iter(self._peers)))
-            if idle != peer:
-                del self._peers[idle]
+            # the longest unused first, and one that we have sessions on only when there is no other
+            others = [name for name in self._peers if name != peer]
+            del self._peers[next((name for name in others if not self._peers[name].tickets), others[0])]
         return known

@@ -1,0 +1,143 @@
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from llmasos.routing import health as health_module
+from llmasos.routing.cost import DEFAULT_RTT_S, PRIOR
+from llmasos.routing.health import BACKOFF_S, HALF_LIFE_S, MAX_BACKOFF_S, MAX_EVIDENCE, MAX_PEERS, Health
+
+NOW = 1_000.0
+
+
+def test_a_stranger_has_no_history() -> None:
+    health = Health()
+    seen = health.observed("alice", NOW)
+    assert (seen.rtt_s, seen.evidence, seen.failures, seen.own_sessions) == (DEFAULT_RTT_S, 0, 0, 0)
+    assert not seen.proven
+    assert health.avoided_for("alice", NOW) == 0
+    assert len(health) == 0  # asking leaves no trace
+
+
+def test_each_further_failure_doubles_the_backoff_up_to_its_bound() -> None:
+    health, now, waits = Health(), NOW, []
+    for _ in range(10):
+        health.failed("alice", now)
+        waits.append(health.avoided_for("alice", now))
+        now += waits[-1]
+        assert health.avoided_for("alice", now) == 0
+    assert waits[:4] == [BACKOFF_S, 2 * BACKOFF_S, 4 * BACKOFF_S, 8 * BACKOFF_S]
+    assert waits[-1] == MAX_BACKOFF_S
+
+
+def test_a_peer_that_dies_more_often_than_not_is_soon_left_alone() -> None:
+    health = Health()
+    for _ in range(8):
+        health.failed("flaky", NOW)
+        health.failed("flaky", NOW)
+        health.succeeded("flaky")
+    assert health.avoided_for("flaky", NOW) > 60
+    for _ in range(8):
+        health.succeeded("flaky")
+    assert health.observed("flaky", NOW).failures == 0
+
+
+def test_a_refusal_is_no_failure_and_cannot_ask_for_forever() -> None:
+    health = Health()
+    health.refused("full", 5.0, NOW)
+    health.refused("rude", 1e9, NOW)
+    health.refused("odd", -5.0, NOW)
+    assert health.avoided_for("full", NOW) == 5.0
+    assert health.avoided_for("rude", NOW) == MAX_BACKOFF_S
+    assert health.avoided_for("odd", NOW) == 0.0
+    assert health.observed("full", NOW).failures == 0
+
+
+def test_a_mean_follows_and_its_evidence_fades() -> None:
+    health = Health()
+    for step in range(100):
+        health.saw_step("alice", 12, 12 * 0.002, NOW + step / 100)
+    seen = health.observed("alice", NOW + 1)
+    assert seen.block_s == pytest.approx(0.002)
+    assert PRIOR < seen.evidence <= MAX_EVIDENCE
+    assert health.observed("alice", NOW + 1 + HALF_LIFE_S).evidence == pytest.approx(seen.evidence / 2, rel=0.01)
+    for step in range(30):
+        health.saw_step("alice", 12, 12 * 0.008, NOW + 1 + step / 100)
+    assert health.observed("alice", NOW + 2).block_s == pytest.approx(0.008, rel=0.05)
+
+
+@given(st.lists(st.floats(0, 10), min_size=1, max_size=50))
+def test_a_mean_lies_within_its_samples(samples: list[float]) -> None:
+    health = Health()
+    for number, sample in enumerate(samples):
+        health.saw_rtt("alice", sample, NOW + number)
+    assert min(samples) - 1e-9 <= health.observed("alice", NOW).rtt_s <= max(samples) + 1e-9
+
+
+def test_an_unmeasured_peer_is_taken_to_be_as_far_as_the_others() -> None:
+    health = Health()
+    for peer, rtt_s in [("a", 0.001), ("b", 0.003)]:
+        health.saw_rtt(peer, rtt_s, NOW)
+    assert health.typical_rtt_s == DEFAULT_RTT_S  # two are too few to tell
+    health.saw_rtt("c", 0.002, NOW)
+    assert health.typical_rtt_s == health.observed("stranger", NOW).rtt_s == 0.002
+
+
+def test_what_a_whole_route_took_falls_to_those_that_we_do_not_know() -> None:
+    health = Health()
+    for _ in range(20):
+        health.saw_step("known", 10, 0.010, NOW)
+    health.saw_route([("known", 10), ("new", 20)], 0.210, NOW)
+    assert health.observed("new", NOW).block_s == pytest.approx(0.010)
+    assert health.observed("known", NOW).block_s == pytest.approx(0.001)
+
+
+def test_between_known_peers_what_a_route_took_is_shared_as_expected() -> None:
+    health = Health()
+    for _ in range(20):
+        health.saw_step("slow", 10, 0.030, NOW)
+        health.saw_step("quick", 10, 0.010, NOW)
+    for _ in range(60):
+        health.saw_route([("slow", 10), ("quick", 10)], 0.080, NOW)
+    assert health.observed("slow", NOW).block_s == pytest.approx(0.006, rel=0.02)
+    assert health.observed("quick", NOW).block_s == pytest.approx(0.002, rel=0.02)
+
+
+def test_sessions_count_until_they_close_or_a_record_shows_them() -> None:
+    health = Health()
+    first = health.opened("alice", 300, NOW)
+    with health.session("alice", 70, NOW + 5):
+        seen = health.observed("alice", NOW + 6, since=NOW - 1)
+        assert (seen.own_sessions, seen.own_tokens) == (2, 370)
+        assert health.observed("alice", NOW + 6, since=NOW + 2).own_tokens == 70
+    health.closed(first)
+    health.closed(first)
+    assert health.observed("alice", NOW + 6, since=NOW - 1).own_sessions == 0
+
+
+def test_two_equal_sessions_close_one_by_one() -> None:
+    health = Health()
+    tickets = [health.opened("alice", 300, NOW) for _ in range(2)]
+    health.closed(tickets[0])
+    health.closed(tickets[0])
+    assert health.observed("alice", NOW, since=NOW).own_sessions == 1
+
+
+def test_memory_is_bounded_and_running_sessions_are_kept() -> None:
+    health = Health()
+    health.opened("alice", 10, NOW)
+    for number in range(2 * MAX_PEERS):
+        health.failed(f"peer{number}", NOW + number)
+    assert len(health) == MAX_PEERS
+    assert health.observed("alice", NOW, since=NOW).own_sessions == 1
+    assert health.observed(f"peer{2 * MAX_PEERS - 1}", NOW).failures == 1
+    assert health.observed("peer0", NOW).failures == 0
+
+
+def test_even_running_sessions_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(health_module, "MAX_PEERS", 3)
+    health = Health()
+    tickets = [health.opened(f"peer{number}", 1, NOW) for number in range(9)]
+    assert len(health) == 3
+    for ticket in tickets:
+        health.closed(ticket)
+    assert len(health) == 3
