@@ -19,10 +19,11 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from llmasos.errors import LLMasOSError, UsageError
+from llmasos.errors import ConnectionLostError, LLMasOSError, UsageError
 from llmasos.identity import Identity
 from llmasos.network import PeerId
 from llmasos.p2p_hivemind import P2P, Multiaddr, PeerID, p2pd_path, p2pd_pb2
+from llmasos.p2p_stream import FrameStream
 from llmasos.tasks import TaskSet
 
 logger = logging.getLogger(__name__)
@@ -30,12 +31,9 @@ logger = logging.getLogger(__name__)
 START_TIMEOUT_S = 15.0
 """p2pd starts in 0.15 to 0.5 s (measured); a machine under heavy load gets more."""
 STOP_TIMEOUT_S = 3.0
-READER_BYTES = 2**20
-"""What is read ahead of a stream's reader; the default of 64 kB slows frames of megabytes down."""
-MAX_REPLY_BYTES = 2**20
 CONTROL_TIMEOUT_S = 5.0
 
-OnStream = Callable[[PeerId, str, asyncio.StreamReader, asyncio.StreamWriter], None]
+OnStream = Callable[[FrameStream], None]
 
 
 class DaemonError(Exception):
@@ -70,9 +68,8 @@ class Daemon:
                 await daemon._start(identity, listen_on)
         except TimeoutError:
             await daemon.stop()
-            raise LLMasOSError(
-                f"the p2p daemon did not start within {START_TIMEOUT_S:g} s; it said: {daemon._said.strip() or 'nothing'}"
-            ) from None
+            said = daemon._said.strip() or "nothing"
+            raise LLMasOSError(f"the p2p daemon did not start in {START_TIMEOUT_S:g} s; it said: {said}") from None
         except BaseException:
             await daemon.stop()
             raise
@@ -115,7 +112,7 @@ class Daemon:
         reply = await self._ask(p2pd_pb2.Request(type=p2pd_pb2.Request.IDENTIFY))
         self.addresses = tuple(str(Multiaddr(address)) for address in reply.identify.addrs)
         self.p2p = await P2P.replicate(Multiaddr(f"/unix{self._control}"))
-        self._server = await asyncio.start_unix_server(self._accept, path=self._inbound, limit=READER_BYTES)
+        self._server = await asyncio.get_running_loop().create_unix_server(self._accept, path=self._inbound)
 
     def _raise_why(self) -> None:
         said = self._said.strip() or "nothing"
@@ -194,77 +191,55 @@ class Daemon:
         )
         await self._ask(p2pd_pb2.Request(type=p2pd_pb2.Request.CONNECT, connect=connect))
 
-    async def open(self, peer: PeerId, protocol: str) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
+    async def open(self, peer: PeerId, protocol: str) -> FrameStream:
         """A stream to a peer that serves `protocol`. Raises DaemonError."""
         opening = p2pd_pb2.StreamOpenRequest(peer=PeerID.from_base58(peer).to_bytes(), proto=[protocol])
-        request = p2pd_pb2.Request(type=p2pd_pb2.Request.STREAM_OPEN, streamOpen=opening)
-        reader, writer = await self._connect()
-        try:
-            _check(await _exchange(reader, writer, request))
-        except BaseException:
-            writer.transport.abort()
-            raise
-        return reader, writer
+        stream, _ = await self._exchange(p2pd_pb2.Request(type=p2pd_pb2.Request.STREAM_OPEN, streamOpen=opening))
+        stream.peer, stream.protocol = peer, protocol
+        return stream
 
-    def _accept(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        self._tasks.spawn(self._greet(reader, writer), name="inbound stream")
+    def _accept(self) -> FrameStream:
+        stream = FrameStream()
+        self._tasks.spawn(self._greet(stream), name="inbound stream")
+        return stream
 
-    async def _greet(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        """p2pd first says whose stream it is."""
+    async def _greet(self, stream: FrameStream) -> None:
+        """p2pd first says whose stream it is; it knows, from the handshake of the connection."""
         try:
             async with asyncio.timeout(CONTROL_TIMEOUT_S):
-                info = await _read(reader, p2pd_pb2.StreamInfo())
-        except BaseException as error:
-            writer.transport.abort()
-            if not isinstance(error, (TimeoutError, OSError, DaemonError)):
-                raise
+                info = p2pd_pb2.StreamInfo.FromString(await stream.hello)
+        except (TimeoutError, ConnectionLostError) as error:
             logger.debug("an inbound stream ended before it began: %s", error)
+            stream.abort()
             return
-        self._on_stream(PeerId(PeerID(info.peer).to_base58()), info.proto, reader, writer)
+        except BaseException:
+            stream.abort()
+            raise
+        stream.peer, stream.protocol = PeerId(PeerID(info.peer).to_base58()), info.proto
+        self._on_stream(stream)
 
     # --- the control socket ---
 
-    async def _connect(self) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
+    async def _ask(self, request: Any) -> Any:
+        stream, reply = await self._exchange(request)
+        stream.abort()
+        return reply
+
+    async def _exchange(self, request: Any) -> tuple[FrameStream, Any]:
+        """One request on a connection of its own, which is a libp2p stream afterwards if that was asked for."""
+        loop = asyncio.get_running_loop()
         try:
-            return await asyncio.open_unix_connection(self._control, limit=READER_BYTES)
+            _, stream = await loop.create_unix_connection(FrameStream, str(self._control))
         except OSError as error:
             raise DaemonError(f"our own p2p daemon does not answer ({error.strerror})") from error
-
-    async def _ask(self, request: Any) -> Any:
-        reader, writer = await self._connect()
         try:
-            reply = await _exchange(reader, writer, request)
-        finally:
-            writer.transport.abort()
-        return _check(reply)
-
-
-async def _exchange(reader: asyncio.StreamReader, writer: asyncio.StreamWriter, request: Any) -> Any:
-    try:
-        writer.write(_pack(request))
-        await writer.drain()
-        return await _read(reader, p2pd_pb2.Response())
-    except OSError as error:
-        raise DaemonError(f"our own p2p daemon hung up ({error.strerror})") from error
-
-
-async def _read(reader: asyncio.StreamReader, message: Any) -> Any:
-    try:
-        size = shift = 0
-        while True:
-            byte = (await reader.readexactly(1))[0]
-            size |= (byte & 0x7F) << shift
-            shift += 7
-            if byte < 0x80:
-                break
-            if shift > 28:
-                raise DaemonError("p2pd sent a length of more than four bytes")
-        if size > MAX_REPLY_BYTES:
-            raise DaemonError(f"p2pd sent a message of {size} bytes")
-        message.ParseFromString(await reader.readexactly(size))
-    except asyncio.IncompleteReadError as error:
-        raise DaemonError("our own p2p daemon hung up") from error
-    return message
+            stream.write_raw(_pack(request))
+            return stream, _check(p2pd_pb2.Response.FromString(await stream.hello))
+        except ConnectionLostError as error:
+            raise DaemonError("our own p2p daemon hung up") from error
+        except BaseException:
+            stream.abort()
+            raise
 
 
 def _varint(read_byte: Callable[[], bytes]) -> int:

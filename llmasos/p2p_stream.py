@@ -12,7 +12,6 @@ Reading goes on while nobody receives, up to READ_AHEAD_BYTES, so the end of a s
 
 import asyncio
 from collections import deque
-from collections.abc import Callable
 from typing import cast
 
 from llmasos.config import MAX_FRAME_BYTES
@@ -29,17 +28,18 @@ MAX_HELLO_BYTES = 2**16
 class FrameStream(asyncio.Protocol):
     """One end of a stream. `peer` is set by whoever has read the hello."""
 
-    def __init__(self, on_gone: Callable[["FrameStream"], None] | None = None) -> None:
+    def __init__(self, *, greeted: bool = False) -> None:
         loop = asyncio.get_running_loop()
         self.peer = PeerId("")
         self.protocol = ""
+        self.hello: asyncio.Future[bytes] = loop.create_future()
+        """What the daemon says first; ConnectionLostError if it hangs up instead."""
         self.gone: asyncio.Future[None] = loop.create_future()
         """Done when the socket is closed."""
         self._loop = loop
-        self._on_gone = on_gone
         self._transport: asyncio.Transport | None = None
         self._buffer = bytearray()  # the frame, or part of one, that is still coming in
-        self._hello: asyncio.Future[bytes] | None = loop.create_future()
+        self._greeted = greeted
         self._frames: deque[bytes] = deque()
         self._queued_bytes = 0
         self._paused = False
@@ -55,13 +55,13 @@ class FrameStream(asyncio.Protocol):
             raise UsageError(f"a frame of {len(frame)} bytes is over the limit of {MAX_FRAME_BYTES}")
         if self._ended is not None or self._transport is None:
             raise self._lost()
-        self._transport.writelines((len(frame).to_bytes(LENGTH_BYTES, "big"), frame))
         while not self._writable:
             waiter = self._loop.create_future()
             self._writers.append(waiter)
             await waiter
             if self._ended is not None:
                 raise self._lost()
+        self._transport.writelines((len(frame).to_bytes(LENGTH_BYTES, "big"), frame))
 
     async def receive(self) -> bytes:
         while not self._frames:
@@ -83,11 +83,6 @@ class FrameStream(asyncio.Protocol):
         self.shut()
 
     # --- the machinery ---
-
-    async def hello(self) -> bytes:
-        """What the daemon says first. Raises ConnectionLostError."""
-        assert self._hello is not None
-        return await self._hello
 
     def write_raw(self, data: bytes) -> None:
         """Bytes outside of any frame: a request to the daemon, before its hello."""
@@ -140,7 +135,7 @@ class FrameStream(asyncio.Protocol):
 
     def data_received(self, data: bytes) -> None:
         self._buffer += data
-        if self._hello is not None and not self._take_hello():
+        if not self._greeted and not self._take_hello():
             return
         while self._take_frame():
             pass
@@ -152,13 +147,11 @@ class FrameStream(asyncio.Protocol):
 
     def connection_lost(self, error: Exception | None) -> None:
         self._end("the connection ended")
-        if self._hello is not None and not self._hello.done():
-            self._hello.set_exception(self._lost())
-            self._hello.exception()  # whoever waits for it gets it; nobody else has to
+        if not self.hello.done():
+            self.hello.set_exception(self._lost())
+            self.hello.exception()  # marks it as seen: the waiter, if there still is one, gets it all the same
         if not self.gone.done():
             self.gone.set_result(None)
-        if self._on_gone is not None:
-            self._on_gone(self)
 
     def pause_writing(self) -> None:
         self._writable = False
@@ -172,7 +165,6 @@ class FrameStream(asyncio.Protocol):
 
     def _take_hello(self) -> bool:
         """Cut the hello off the buffer; False while it is not all there."""
-        assert self._hello is not None
         size = shift = used = 0
         for byte in self._buffer[:5]:
             size |= (byte & 0x7F) << shift
@@ -189,10 +181,10 @@ class FrameStream(asyncio.Protocol):
             return False
         if len(self._buffer) < used + size:
             return False
-        if not self._hello.done():
-            self._hello.set_result(bytes(self._buffer[used : used + size]))
+        if not self.hello.done():
+            self.hello.set_result(bytes(self._buffer[used : used + size]))
         del self._buffer[: used + size]
-        self._hello = None
+        self._greeted = True
         return True
 
     def _take_frame(self) -> bool:
