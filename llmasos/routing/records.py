@@ -13,9 +13,9 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import StrEnum
-from typing import Any, NoReturn, TypeVar
+from typing import Any, NoReturn, TypeVar, get_args
 
-from llmasos.config import MAX_RECORD_BYTES
+from llmasos.config import MAX_RECORD_BYTES, DType
 from llmasos.errors import UsageError
 from llmasos.span import Span
 
@@ -45,8 +45,8 @@ MAX_INCARNATION = 2**63 - 1
 MAX_CLOCK_SKEW_S = 10.0
 """How far in our future a record may have been made: NTP keeps hosts within 0.1 s, forgotten ones drift seconds."""
 
-DTYPES = ("float32", "bfloat16", "float16")
-"""The numerics that activations can travel in (`wire.DType`)."""
+DTYPES: tuple[DType, ...] = get_args(DType)
+"""What blocks can compute in."""
 
 _WORD = re.compile(r"[a-z0-9][a-z0-9_.-]{0,31}")
 
