@@ -20,8 +20,10 @@ from llmasos.peer.runner import Chunk, Fault, Speed
 from llmasos.span import Span
 from llmasos.wire import Tensor
 
-PROBE_ROWS = 16
-"""Rows of the second probe: enough that the cost of a further row shows over that of a pass."""
+PROBE_ROWS = 64
+"""Rows of the second probe: enough that what they cost shows over the noise (1 to 16 cost about the same)."""
+MIN_ROW_S = 1e-7
+"""What a further row costs at least, when noise says that it costs nothing."""
 PROBE_PASSES = 5
 """Passes of each probe; the median is announced."""
 
@@ -127,7 +129,7 @@ class TorchRunner:
     def _measure(self) -> Speed:
         one, many = self._time_pass(1), self._time_pass(PROBE_ROWS)
         blocks = len(self.span)
-        return Speed(first_row_s=one / blocks, row_s=max(many - one, 0.0) / (PROBE_ROWS - 1) / blocks)
+        return Speed(first_row_s=one / blocks, row_s=max((many - one) / (PROBE_ROWS - 1) / blocks, MIN_ROW_S))
 
     def _time_pass(self, rows: int) -> float:
         hidden = torch.randn(rows, self.hidden_size, generator=torch.Generator().manual_seed(rows))
