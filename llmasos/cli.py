@@ -11,7 +11,7 @@ from rich.text import Text
 
 from llmasos import __version__
 from llmasos.config import NetworkConfig
-from llmasos.console import parser, run, say, set_up_logging, show, talk, whole
+from llmasos.console import parser, run, say, set_up_logging, show, subcommand, talk, whole
 from llmasos.errors import UsageError
 
 
@@ -136,13 +136,7 @@ def build_parser() -> ArgumentParser:
     top.add_argument("--version", action="version", version=f"llmasos {__version__}")
     commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for name, (_, description, example) in COMMANDS.items():
-        command = commands.add_parser(
-            name,
-            help=description,
-            description=description,
-            epilog=f"example:\n{example}",
-            formatter_class=top.formatter_class,
-        )
+        command = subcommand(commands, name, description, example)
         if name == "generate":
             _add_generate(command)
         command.add_argument("--join", action="append", required=True, metavar="MULTIADDR", help="a peer of the swarm")

@@ -6,7 +6,7 @@ import os
 import signal
 import sys
 import time
-from argparse import ArgumentParser, ArgumentTypeError, Namespace, RawDescriptionHelpFormatter
+from argparse import SUPPRESS, ArgumentParser, ArgumentTypeError, Namespace, RawDescriptionHelpFormatter
 from collections.abc import Callable, Coroutine, Iterator
 from contextlib import contextmanager
 from typing import Any, NoReturn
@@ -26,6 +26,8 @@ QUIET_S = 2.0
 
 ProgressCallback = Callable[[int, int], None]
 
+DEBUG_HELP = "log everything, and show tracebacks"
+
 
 def say(text: str = "", *, style: str | None = None) -> None:
     """A line of talk; square brackets in it mean nothing."""
@@ -43,7 +45,20 @@ def parser(prog: str, description: str, example: str) -> ArgumentParser:
     made = ArgumentParser(
         prog=prog, description=description, epilog=f"example:\n{example}", formatter_class=RawDescriptionHelpFormatter
     )
-    made.add_argument("--debug", action="store_true", help="log everything, and show tracebacks")
+    made.add_argument("--debug", action="store_true", help=DEBUG_HELP)
+    return made
+
+
+def subcommand(commands: Any, name: str, description: str, example: str) -> ArgumentParser:
+    """One more command of a parser's `commands`; it takes --debug as well, since that is typed last."""
+    made: ArgumentParser = commands.add_parser(
+        name,
+        help=description,
+        description=description,
+        epilog=f"example:\n{example}",
+        formatter_class=RawDescriptionHelpFormatter,
+    )
+    made.add_argument("--debug", action="store_true", default=SUPPRESS, help=DEBUG_HELP)
     return made
 
 

@@ -3,12 +3,14 @@
 import asyncio
 import time
 from argparse import ArgumentParser, Namespace
+from typing import TYPE_CHECKING
 
-from llmasos.client.client import AsyncLLMasOS
-from llmasos.client.generate import Generation
-from llmasos.console import parser, run, say, set_up_logging, show, stop_signal, whole
+from llmasos.console import parser, run, say, set_up_logging, show, stop_signal, subcommand, whole
 from llmasos.errors import LLMasOSError
 from sim.local import LocalSwarm, split_evenly
+
+if TYPE_CHECKING:
+    from llmasos.client.generate import Generation
 
 EXAMPLE = '  python -m sim local --peers 3 --prompt "The world is"'
 
@@ -30,7 +32,9 @@ async def local(args: Namespace) -> None:
 
 
 async def _local(args: Namespace) -> None:
+    say(f"reading the header of {args.model}")
     from llmasos.blocks.registry import resolve
+    from llmasos.client.client import AsyncLLMasOS
 
     spans = split_evenly(resolve(args.model).blocks, args.peers)
     begin = time.monotonic()
@@ -50,7 +54,7 @@ async def _local(args: Namespace) -> None:
     say('  llmasos generate "Once upon a time" --join …  # with the address that it prints')
 
 
-def _report(result: Generation, names: dict[str, str]) -> None:
+def _report(result: "Generation", names: dict[str, str]) -> None:
     unknown = [hop.peer for hop in result.route if hop.peer not in names]
     if unknown:
         raise LLMasOSError(f"the route leads through strangers: {', '.join(unknown)}")
@@ -66,7 +70,7 @@ def build_parser() -> ArgumentParser:
     """All commands and their options."""
     top = parser("python -m sim", "Swarms to try things on.", EXAMPLE)
     commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    command = commands.add_parser("local", help="real processes on this machine")
+    command = subcommand(commands, "local", "Real processes on this machine, and a text through them.", EXAMPLE)
     command.add_argument("--peers", type=whole(1), default=3, help="how many share the blocks (default: %(default)s)")
     command.add_argument("--model", default="smollm2", help="(default: %(default)s)")
     command.add_argument("--prompt", default="The world is", help="(default: %(default)r)")
