@@ -13,7 +13,7 @@ DType = Literal["float32", "bfloat16", "float16"]
 # --- the wire: what a peer accepts from a stranger -------------------------------------------------------------------
 
 MAX_FRAME_BYTES = 64 * 2**20
-"""Largest frame read or written: 1,024 tokens of the widest models in use (16,384 hidden, float32) fit."""
+"""Largest frame read or written: 1,000 tokens of the widest models in use (16,384 hidden, float32) fit."""
 MAX_HIDDEN = 65_536
 """Largest hidden size in a tensor header; the widest published model has 18,432."""
 MAX_STEP_TOKENS = 16_384
@@ -107,5 +107,4 @@ class ClientConfig:
     wait_for_blocks_s: float = 30.0
     """How long a running generation waits for lost blocks to come back before it fails."""
     refresh_every_s: float = 5.0
-    """Age at which the view of the swarm is looked up again in the background."""
-    join_timeout_s: float = 20.0
+    """Age at which the view of the swarm is looked up again, before the next route is planned."""

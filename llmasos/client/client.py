@@ -33,7 +33,7 @@ DEFAULT_MODEL = "smollm2"
 
 
 class Options(TypedDict, total=False):
-    """How to generate; the defaults are those of `generate_text`."""
+    """How to generate. The defaults are those of `generate_text`, save that the prompt is no part of the text."""
 
     max_length: int | None
     max_new_tokens: int | None
@@ -178,10 +178,10 @@ class AsyncLLMasOS:
             yield piece
 
     async def generate_batch(
-        self, texts: Sequence[str], model_name: str = DEFAULT_MODEL, **options: Unpack[Options]
+        self, prompts: Sequence[str], model_name: str = DEFAULT_MODEL, **options: Unpack[Options]
     ) -> list[Generation]:
         """All prompts at once, each in a session of its own: the router spreads them over the swarm's routes."""
-        requests = [_request(text, **options) for text in texts]
+        requests = [_request(prompt, **options) for prompt in prompts]
         async with asyncio.TaskGroup() as group:
             tasks = [group.create_task(self._run(request, model_name)) for request in requests]
         return [task.result() for task in tasks]
@@ -362,10 +362,10 @@ class LLMasOS:
             self._wait(_finish(pieces))
 
     def generate_batch(
-        self, texts: Sequence[str], model_name: str = DEFAULT_MODEL, **options: Unpack[Options]
+        self, prompts: Sequence[str], model_name: str = DEFAULT_MODEL, **options: Unpack[Options]
     ) -> list[Generation]:
         """See `AsyncLLMasOS.generate_batch`."""
-        return self._wait(self._client.generate_batch(texts, model_name, **options))
+        return self._wait(self._client.generate_batch(prompts, model_name, **options))
 
     def chat(
         self, messages: Sequence[dict[str, str]], model_name: str = DEFAULT_MODEL, **options: Unpack[Options]
