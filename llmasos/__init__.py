@@ -30,7 +30,8 @@ from llmasos.errors import (
 )
 
 if TYPE_CHECKING:
-    from llmasos.client.client import AsyncLLMasOS, LLMasOS
+    from llmasos.client.async_client import AsyncLLMasOS
+    from llmasos.client.client import LLMasOS
     from llmasos.client.generate import Generation
 
 __version__ = "0.1.0"
@@ -57,7 +58,7 @@ __all__ = [
 ]
 
 _LAZY = {
-    "AsyncLLMasOS": "llmasos.client.client",
+    "AsyncLLMasOS": "llmasos.client.async_client",
     "Generation": "llmasos.client.generate",
     "LLMasOS": "llmasos.client.client",
 }

@@ -18,7 +18,7 @@ from llmasos.errors import UsageError
 async def generate(args: Namespace) -> None:
     """Write a completion to stdout: piece by piece, or as one JSON object."""
     say(f"joining the swarm, loading the ends of {args.model}")
-    from llmasos.client.client import AsyncLLMasOS
+    from llmasos.client.async_client import AsyncLLMasOS
     from llmasos.client.generate import Generation
 
     options: dict[str, Any] = {

@@ -73,6 +73,8 @@ class PeerConfig:
     device: str = "auto"
     dtype: str = "auto"
     quantize: str = "none"
+    max_blocks: int | None = None
+    """Most blocks that `auto` may take; None takes as many as half of the free memory holds."""
     kv_tokens: int | None = None
     """Room for cached tokens; None takes a quarter of the free memory, at most `MAX_AUTO_KV_TOKENS`."""
     max_batch_tokens: int = 256

@@ -34,7 +34,7 @@ async def local(args: Namespace) -> None:
 async def _local(args: Namespace) -> None:
     say(f"reading the header of {args.model}")
     from llmasos.blocks.registry import resolve
-    from llmasos.client.client import AsyncLLMasOS
+    from llmasos.client.async_client import AsyncLLMasOS
 
     spans = split_evenly(resolve(args.model).blocks, args.peers)
     begin = time.monotonic()

@@ -8,6 +8,7 @@ import sys
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 from types import TracebackType
 from typing import Self
 
@@ -155,7 +156,7 @@ def split_evenly(blocks: int, peers: int) -> list[Span]:
     if not 1 <= peers <= blocks:
         raise UsageError(f"{blocks} blocks cannot be split over {peers} peers")
     edges = [round(blocks * n / peers) for n in range(peers + 1)]
-    return [Span(start, end) for start, end in zip(edges, edges[1:], strict=False)]
+    return [Span(start, end) for start, end in pairwise(edges)]
 
 
 def _quote(member: LocalProcess) -> str:

@@ -1,18 +1,19 @@
 """Wire tensors <-> torch tensors."""
 
+from typing import cast, get_args
+
 import torch
 
+from llmasos.blocks.devices import DTYPES
 from llmasos.config import DType
 from llmasos.wire import Tensor
-
-DTYPES: dict[str, torch.dtype] = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 def wire_dtype(name: str) -> DType:
     """The same name, known to be one that travels. Raises ValueError."""
-    if name == "float32" or name == "bfloat16" or name == "float16":
-        return name
-    raise ValueError(f"{name} activations do not travel")
+    if name not in get_args(DType):
+        raise ValueError(f"{name} activations do not travel")
+    return cast(DType, name)
 
 
 def to_torch(tensor: Tensor) -> torch.Tensor:
@@ -26,5 +27,5 @@ def to_torch(tensor: Tensor) -> torch.Tensor:
 def from_torch(rows: torch.Tensor) -> Tensor:
     """Rows of (tokens, hidden) as bytes for the wire."""
     rows = rows.detach().cpu().contiguous()
-    data = memoryview(rows.view(torch.uint8).numpy()).cast("B") if rows.numel() else memoryview(b"")
+    data = rows.view(torch.uint8).numpy().reshape(-1).data if rows.numel() else memoryview(b"")
     return Tensor(wire_dtype(str(rows.dtype).removeprefix("torch.")), (rows.shape[0], rows.shape[1]), data)

@@ -17,74 +17,22 @@ import asyncio
 import itertools
 import logging
 from collections.abc import Awaitable, Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from types import TracebackType
 from typing import Self
 
+from llmasos.client.hop import HopLink, as_error
 from llmasos.client.router import Router
-from llmasos.config import PING_EVERY_S, PONG_TIMEOUT_S, ClientConfig
-from llmasos.errors import (
-    ConnectionLostError,
-    LLMasOSError,
-    PeerError,
-    PeerFaultError,
-    PeerRefusedError,
-    PeerTimeoutError,
-    UsageError,
-    short_id,
-)
+from llmasos.config import PING_EVERY_S, ClientConfig
+from llmasos.errors import LLMasOSError, PeerError, PeerFaultError, PeerTimeoutError, UsageError
 from llmasos.history import History
-from llmasos.network import Network, Stream
-from llmasos.routing.health import Ticket
-from llmasos.routing.planner import Hop, Route, RouteRequest
+from llmasos.network import Network
+from llmasos.routing.planner import Route, RouteRequest
 from llmasos.span import Span, gaps
 from llmasos.tasks import TaskSet
-from llmasos.wire import (
-    PROTOCOL,
-    AnyMessage,
-    Close,
-    Contact,
-    Failed,
-    FrameError,
-    NextHop,
-    Open,
-    Opened,
-    Ping,
-    Pong,
-    Replay,
-    Reroute,
-    Result,
-    Step,
-    Tensor,
-    decode,
-    encode,
-    join_rows,
-)
+from llmasos.wire import AnyMessage, Failed, Open, Ping, Pong, Replay, Reroute, Result, Step, Tensor, join_rows
 
 log = logging.getLogger(__name__)
-
-
-@dataclass(eq=False, slots=True)
-class _Hop:
-    """A peer of the route, our stream to it, and how it stands."""
-
-    plan: Hop
-    session: str  # its name on that peer
-    stream: Stream | None = None
-    lagging: bool = True  # its kv cache may lack positions that have been answered
-    relay: bool = False  # it cannot reach the next hop: its rows come to us, and we send them on
-    cut_off: bool = False  # it said so, and we have not looked into it yet
-    lost: PeerError | None = None
-    ticket: Ticket | None = None  # tells the router that we are there
-    pong: asyncio.Event = field(default_factory=asyncio.Event)
-
-    @property
-    def contact(self) -> Contact:
-        return Contact(self.plan.peer, self.plan.addresses)
-
-    @property
-    def as_next(self) -> NextHop:
-        return NextHop(self.contact, self.session)
 
 
 @dataclass(slots=True)
@@ -115,7 +63,7 @@ class Session:
         self._blocks = request.model_blocks
         self._config = config
         self._id = router.new_session_id()
-        self._hops: list[_Hop] = []
+        self._hops: list[HopLink] = []
         self._inputs = History()
         self._answered = 0  # positions below this are answered, and cached on every hop that is not lagging
         self._in_flight: dict[int, _InFlight] = {}
@@ -274,7 +222,7 @@ class Session:
         self._hops = [hop for hop in self._hops if hop.lost is None]
         await asyncio.gather(*(self._leave(hop) for hop in lost))
         planned = await self._router.plan(self._request, missing, patient=self._answered > 0)
-        newcomers = [_Hop(plan, f"{self._id}.{next(self._names)}") for plan in planned]
+        newcomers = [HopLink(plan, f"{self._id}.{next(self._names)}") for plan in planned]
         self._hops = sorted([*self._hops, *newcomers], key=lambda hop: hop.plan.span)
         beside = [
             hop
@@ -289,7 +237,7 @@ class Session:
         if errors:
             raise errors[0]
 
-    async def _open(self, hop: _Hop) -> None:
+    async def _open(self, hop: HopLink) -> None:
         """Open the session on a new hop; it is lost at once when that fails."""
         sides = self._sides(hop)
         request = Open(
@@ -303,28 +251,18 @@ class Session:
             downstream=sides.downstream,
         )
         try:
-            async with asyncio.timeout(self._config.open_timeout_s):
-                hop.stream = await self._network.connect(hop.contact, PROTOCOL)
-                await hop.stream.send(encode(request))
-                answer = decode(await hop.stream.receive())
-        except TimeoutError:
-            self._lose(hop, PeerTimeoutError(hop.plan.peer, "did not open a session in time"))
-        except FrameError as error:
-            self._lose(hop, PeerFaultError(hop.plan.peer, f"sent a bad frame: {error}"))
+            await hop.open(self._network, request, self._config.open_timeout_s)
         except PeerError as error:
             self._lose(hop, error)
         else:
-            if isinstance(answer, Opened):
-                hop.ticket = self._router.opened(hop.plan.peer, self._request.kv_tokens)
-                self._tasks.spawn(self._listen(hop, hop.stream), f"answers of {hop.session}")
-            else:
-                self._lose(hop, _as_error(hop.plan.peer, answer))
+            hop.ticket = self._router.opened(hop.plan.peer, self._request.kv_tokens)
+            self._tasks.spawn(self._listen(hop), f"answers of {hop.session}")
 
-    async def _rewire(self, hops: list[_Hop]) -> None:
+    async def _rewire(self, hops: list[HopLink]) -> None:
         for hop in hops:
             await self._send(hop, self._sides(hop))
 
-    def _sides(self, hop: _Hop) -> Reroute:
+    def _sides(self, hop: HopLink) -> Reroute:
         """From whom a hop takes steps and to whom it sends them, as the route stands."""
         index = self._hops.index(hop)
         before = self._hops[index - 1] if index else None
@@ -357,17 +295,15 @@ class Session:
 
     # --- what the hops say -------------------------------------------------------------------------------------------
 
-    async def _listen(self, hop: _Hop, stream: Stream) -> None:
-        """Take a hop's frames until its stream ends."""
+    async def _listen(self, hop: HopLink) -> None:
+        """Take a hop's messages until it is lost."""
         try:
             while True:
-                await self._hear(hop, decode(await stream.receive()))
-        except ConnectionLostError as error:
+                await self._hear(hop, await hop.receive())
+        except PeerError as error:
             self._lose(hop, error)
-        except FrameError as error:
-            self._lose(hop, PeerFaultError(hop.plan.peer, f"sent a bad frame: {error}"))
 
-    async def _hear(self, hop: _Hop, message: AnyMessage) -> None:
+    async def _hear(self, hop: HopLink, message: AnyMessage) -> None:
         match message:
             case Pong():
                 hop.pong.set()
@@ -381,9 +317,9 @@ class Session:
                     flight.answer.set_result(message.hidden)
             case Failed(code="next_hop_lost") if message.step in self._in_flight:
                 hop.cut_off = True
-                self._fail(_as_error(hop.plan.peer, message))
+                self._fail(as_error(hop.plan.peer, message))
             case Failed() if message.step is None or message.step in self._in_flight:
-                error = _as_error(hop.plan.peer, message)
+                error = as_error(hop.plan.peer, message)
                 if isinstance(error, PeerError):
                     self._lose(hop, error)
                 else:
@@ -393,7 +329,7 @@ class Session:
             case _:
                 self._lose(hop, PeerFaultError(hop.plan.peer, f"sent {type(message).__name__}"))
 
-    async def _pass_on(self, hop: _Hop, result: Result, flight: _InFlight) -> None:
+    async def _pass_on(self, hop: HopLink, result: Result, flight: _InFlight) -> None:
         """Relay a hop's rows to the next hop - unless the replay ends here, which makes them an answer."""
         following = self._hops.index(hop) + 1
         left = max(flight.replay - max(following - flight.first, 0), 0)
@@ -403,23 +339,17 @@ class Session:
         step = Step(step=result.step, position=flight.position, keep=flight.keep, hidden=result.hidden, replay=left)
         await self._send(self._hops[following], step)
 
-    async def _send(self, hop: _Hop, message: AnyMessage) -> None:
-        """Send to a hop; raises its error when it is lost."""
-        if hop.lost is not None:
-            raise hop.lost
-        assert hop.stream is not None, "a hop that is not lost has a stream"
+    async def _send(self, hop: HopLink, message: AnyMessage) -> None:
         try:
-            await hop.stream.send(encode(message))
-        except ConnectionLostError as error:
+            await hop.send(message)
+        except PeerError as error:
             self._lose(hop, error)
             raise
 
-    def _lose(self, hop: _Hop, error: LLMasOSError) -> None:
+    def _lose(self, hop: HopLink, error: PeerError) -> None:
         """A hop can no longer be used. Whatever is in the air fails, so that the route is mended."""
         if hop.lost is not None or hop not in self._hops:
             return
-        if not isinstance(error, PeerError):
-            error = PeerFaultError(hop.plan.peer, error.message)
         hop.lost = error
         self._router.lost(hop.plan.peer, error)
         self._fail(error)
@@ -429,57 +359,28 @@ class Session:
             if not flight.answer.done():
                 flight.answer.set_exception(error)
 
-    async def _probe(self, hops: list[_Hop]) -> None:
+    async def _probe(self, hops: list[HopLink]) -> None:
         """Ping hops; those that do not answer in time are lost."""
 
-        async def ping(hop: _Hop) -> None:
-            hop.pong.clear()
+        async def probe(hop: HopLink) -> None:
             try:
-                async with asyncio.timeout(PONG_TIMEOUT_S):
-                    await self._send(hop, Ping())
-                    await hop.pong.wait()
-            except TimeoutError:
-                self._lose(hop, PeerTimeoutError(hop.plan.peer, "is silent"))
+                await hop.ping()
             except PeerError as error:
-                log.debug("session %s: %s", self._id, error.message)
+                self._lose(hop, error)
 
-        await asyncio.gather(*(ping(hop) for hop in hops if hop.lost is None))
+        await asyncio.gather(*(probe(hop) for hop in hops if hop.lost is None))
 
     async def _keep_alive(self) -> None:
+        """Renew the leases. Who does not answer is found by the next step."""
         while True:
             await asyncio.sleep(PING_EVERY_S)
-            for hop in self._hops:
-                if hop.lost is None and hop.stream is not None:
-                    try:
-                        await self._send(hop, Ping())
-                    except PeerError as error:
-                        log.debug("session %s: %s", self._id, error.message)
+            for hop in [hop for hop in self._hops if hop.ticket is not None and hop.lost is None]:
+                try:
+                    await hop.send(Ping())
+                except PeerError as error:
+                    self._lose(hop, error)
 
-    async def _leave(self, hop: _Hop) -> None:
-        """Say goodbye and hang up; a hop that is lost or does not listen is not waited for."""
+    async def _leave(self, hop: HopLink) -> None:
         if hop.ticket is not None:
             self._router.closed(hop.ticket, well=hop.lost is None)
-        if hop.stream is None:
-            return
-        try:
-            async with asyncio.timeout(PONG_TIMEOUT_S):
-                if hop.lost is None:
-                    await hop.stream.send(encode(Close()))
-                await hop.stream.close()
-        except (ConnectionLostError, TimeoutError) as error:
-            log.debug("session %s: leaving %s: %s", self._id, hop.plan.peer, error)
-
-
-def _as_error(peer: str, message: AnyMessage) -> LLMasOSError:
-    """The error that a peer's answer amounts to."""
-    if not isinstance(message, Failed):
-        return PeerFaultError(peer, f"answered with {type(message).__name__}")
-    match message.code:
-        case "bad_request":
-            return UsageError(f"peer {short_id(peer)}: {message.message}")
-        case "refused":
-            return PeerRefusedError(peer, message.message, retry_after_s=message.retry_after_s)
-        case "next_hop_lost" | "unknown_session":
-            return ConnectionLostError(peer, message.message)
-        case _:
-            return PeerFaultError(peer, message.message)
+        await hop.hang_up()

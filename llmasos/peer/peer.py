@@ -19,9 +19,6 @@ from llmasos.wire import PROTOCOL
 
 log = logging.getLogger(__name__)
 
-BUSY_ROWS = 16
-"""The batch at which a peer's throughput is stated: a pass that is shared by 16 decoding sessions."""
-
 
 class Peer:
     """Serves the runner's blocks over the network. An async context manager: online inside, offline after.
@@ -36,7 +33,7 @@ class Peer:
         self.engine = Engine(runner, Scheduler(kv_tokens, config.max_batch_tokens))
         self.handler = Handler(network, self.engine, served)
         self.announcer = Announcer(network, self.describe)
-        self.speed = Speed(first_row_s=0.0, row_s=0.0)
+        self.speed: Speed
         self._config = config
         self._incarnation = int(network.now() * 1000)
         self._tasks: list[asyncio.Task[None]] = []
@@ -100,18 +97,12 @@ class Peer:
             version=__version__,
             block_seconds=self.speed.first_row_s,
             row_seconds=self.speed.row_s,
-            throughput=self.throughput,
+            throughput=self.speed.throughput(len(self.runner.span)),
             active_sessions=scheduler.active_sessions,
             queued_tokens=scheduler.queued_tokens,
             kv_free_tokens=scheduler.kv_free_tokens,
             kv_total_tokens=scheduler.kv_tokens,
         )
-
-    @property
-    def throughput(self) -> float:
-        """Rows per second through the whole span, in passes of `BUSY_ROWS`."""
-        pass_s = len(self.runner.span) * (self.speed.first_row_s + (BUSY_ROWS - 1) * self.speed.row_s)
-        return BUSY_ROWS / pass_s if pass_s > 0 else 0.0
 
     def _start(self, work: Coroutine[None, None, None], name: str) -> None:
         task = asyncio.create_task(work, name=name)

@@ -12,6 +12,9 @@ from llmasos.config import DType
 from llmasos.span import Span
 from llmasos.wire import Tensor
 
+BUSY_ROWS = 16
+"""The batch at which a peer's throughput is stated: up to here a pass costs little more than for one row."""
+
 
 @dataclass(frozen=True, slots=True)
 class Chunk:
@@ -37,6 +40,11 @@ class Speed:
 
     first_row_s: float
     row_s: float
+
+    def throughput(self, blocks: int) -> float:
+        """Rows per second through that many blocks, in passes that `BUSY_ROWS` decoding sessions share."""
+        pass_s = blocks * (self.first_row_s + (BUSY_ROWS - 1) * self.row_s)
+        return BUSY_ROWS / pass_s
 
 
 class Runner(Protocol):

@@ -12,9 +12,10 @@ from concurrent.futures import ThreadPoolExecutor
 
 import torch
 
+from llmasos.blocks.devices import DTYPES
 from llmasos.blocks.kv_cache import SessionCache
 from llmasos.blocks.layers import BlockChunk, DecoderBlocks
-from llmasos.blocks.tensors import DTYPES, from_torch, to_torch, wire_dtype
+from llmasos.blocks.tensors import from_torch, to_torch, wire_dtype
 from llmasos.config import DType
 from llmasos.peer.runner import Chunk, Fault, Speed
 from llmasos.span import Span

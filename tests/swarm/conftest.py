@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM
 
 from llmasos.blocks.layers import DecoderBlocks, load_blocks
 from llmasos.blocks.registry import ModelSpec, resolve
-from llmasos.client.client import AsyncLLMasOS
+from llmasos.client.async_client import AsyncLLMasOS
 from llmasos.config import ClientConfig, PeerConfig
 from llmasos.peer.handler import Served
 from llmasos.peer.peer import Peer

@@ -1,0 +1,124 @@
+"""One hop of a session, as the client sees it: a peer, a stream to it, and how it stands."""
+
+import asyncio
+import logging
+
+from llmasos.config import PONG_TIMEOUT_S
+from llmasos.errors import (
+    ConnectionLostError,
+    LLMasOSError,
+    PeerError,
+    PeerFaultError,
+    PeerRefusedError,
+    PeerTimeoutError,
+    UsageError,
+    short_id,
+)
+from llmasos.network import Network, Stream
+from llmasos.routing.health import Ticket
+from llmasos.routing.planner import Hop
+from llmasos.wire import (
+    PROTOCOL,
+    AnyMessage,
+    Close,
+    Contact,
+    Failed,
+    FrameError,
+    NextHop,
+    Open,
+    Opened,
+    Ping,
+    decode,
+    encode,
+)
+
+log = logging.getLogger(__name__)
+
+
+class HopLink:
+    """A hop. Every way in which its peer can let us down becomes a PeerError, raised by whatever was tried."""
+
+    def __init__(self, plan: Hop, session: str) -> None:
+        self.plan = plan
+        self.session = session  # its name on that peer
+        self.lagging = True  # its kv cache may lack positions that have been answered
+        self.relay = False  # it cannot reach the next hop: its rows come to us, and we send them on
+        self.cut_off = False  # it said so, and we have not looked into it yet
+        self.lost: PeerError | None = None
+        self.ticket: Ticket | None = None  # tells the router that we are there
+        self.pong = asyncio.Event()
+        self._stream: Stream | None = None
+
+    @property
+    def as_next(self) -> NextHop:
+        """What the hop before is told of this one."""
+        return NextHop(Contact(self.plan.peer, self.plan.addresses), self.session)
+
+    async def open(self, network: Network, request: Open, timeout_s: float) -> None:
+        """Connect and be admitted."""
+        try:
+            async with asyncio.timeout(timeout_s):
+                self._stream = await network.connect(self.as_next.contact, PROTOCOL)
+                await self._stream.send(encode(request))
+                answer = await self.receive()
+        except TimeoutError:
+            raise PeerTimeoutError(self.plan.peer, "did not open a session in time") from None
+        if not isinstance(answer, Opened):
+            raise as_peer_error(self.plan.peer, answer)
+
+    async def send(self, message: AnyMessage) -> None:
+        """Send a frame."""
+        if self.lost is not None:
+            raise self.lost
+        assert self._stream is not None, "only hops that were opened are sent to"
+        await self._stream.send(encode(message))
+
+    async def receive(self) -> AnyMessage:
+        """The next message of the peer."""
+        assert self._stream is not None, "only hops that were opened are listened to"
+        try:
+            return decode(await self._stream.receive())
+        except FrameError as error:
+            raise PeerFaultError(self.plan.peer, f"sent a bad frame: {error}") from error
+
+    async def ping(self) -> None:
+        """Wait for a sign of life; whoever listens to the hop sets `pong`."""
+        self.pong.clear()
+        try:
+            async with asyncio.timeout(PONG_TIMEOUT_S):
+                await self.send(Ping())
+                await self.pong.wait()
+        except TimeoutError:
+            raise PeerTimeoutError(self.plan.peer, "is silent") from None
+
+    async def hang_up(self) -> None:
+        """Say goodbye and close the stream; a peer that is lost or does not listen is not waited for."""
+        if self._stream is None:
+            return
+        try:
+            async with asyncio.timeout(PONG_TIMEOUT_S):
+                if self.lost is None:
+                    await self._stream.send(encode(Close()))
+                await self._stream.close()
+        except (ConnectionLostError, TimeoutError) as error:
+            log.debug("leaving %s: %s", self.plan.peer, error)
+
+
+def as_error(peer: str, message: AnyMessage) -> LLMasOSError:
+    """The error that a peer's answer amounts to: a UsageError when it blames us, else a PeerError."""
+    if isinstance(message, Failed) and message.code == "bad_request":
+        return UsageError(f"peer {short_id(peer)}: {message.message}")
+    return as_peer_error(peer, message)
+
+
+def as_peer_error(peer: str, message: AnyMessage) -> PeerError:
+    """The same, for answers to what cannot be our mistake."""
+    if not isinstance(message, Failed):
+        return PeerFaultError(peer, f"answered with {type(message).__name__}")
+    match message.code:
+        case "refused":
+            return PeerRefusedError(peer, message.message, retry_after_s=message.retry_after_s)
+        case "next_hop_lost" | "unknown_session":
+            return ConnectionLostError(peer, message.message)
+        case _:
+            return PeerFaultError(peer, message.message)
