@@ -174,10 +174,16 @@ class AsyncLLMasOS:
     async def generate_batch(
         self, prompts: Sequence[str], model_name: str = DEFAULT_MODEL, **options: Unpack[Options]
     ) -> list[Generation]:
-        """All prompts at once, each in a session of its own: the router spreads them over the swarm's routes."""
+        """All prompts at once, each in a session of its own: the router spreads them over the swarm's routes.
+
+        The first that fails ends the others, and its error is raised.
+        """
         requests = [_request(prompt, **options) for prompt in prompts]
-        async with asyncio.TaskGroup() as group:
-            tasks = [group.create_task(self._run(request, model_name)) for request in requests]
+        try:
+            async with asyncio.TaskGroup() as group:
+                tasks = [group.create_task(self._run(request, model_name)) for request in requests]
+        except BaseExceptionGroup as failures:
+            raise failures.exceptions[0] from None  # callers catch LLMasOSError, not a group of them
         return [task.result() for task in tasks]
 
     async def chat(
