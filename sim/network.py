@@ -206,13 +206,13 @@ class SimStream:
             raise UsageError(f"a frame of {len(frame)} bytes is over the limit of {MAX_FRAME_BYTES}")
         if self._ended is not None:
             raise ConnectionLostError(self.peer, self._ended)
-        self._push(bytes(frame))
         while self.other._held_bytes > WINDOW_BYTES:
             waiter = asyncio.get_running_loop().create_future()
             self._writers.append(waiter)
             await waiter
             if self._ended is not None:
                 raise ConnectionLostError(self.peer, self._ended)
+        self._push(bytes(frame))
 
     async def receive(self) -> bytes:
         while not self._arrived:
@@ -262,8 +262,9 @@ class SimStream:
         other = self.other
         size = 0 if frame is None else len(frame)
         arrival = self._wire.arrival(now, size)
-        if other._ended is not None:
-            return  # it has closed already, and we do not know that yet
+        if other._ended is not None:  # it has closed, and we do not know that yet: it takes in no more than its window
+            other._held_bytes += size
+            return
         if other._in_flight:
             arrival = max(arrival, other._in_flight[-1][0])
         other._in_flight.append((arrival, frame))
