@@ -158,6 +158,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
     },
     "gptj": {**_GPT2, "rotary_dim": 4},
     "mpt": {"d_model": HIDDEN, "n_heads": 6, "n_layers": BLOCKS, "vocab_size": VOCAB, "max_seq_len": 120},
+    "biogpt": _SIZES,
     "exaone4": {**_SIZES, **_SLIDING, "sliding_window_pattern": 3, "head_dim": 8},
     "glm4": {**_SIZES, "head_dim": 10, "partial_rotary_factor": 0.5},
 }
@@ -191,7 +192,7 @@ def make_model(family: str, *, seed: int = 0, **overrides: Any) -> Any:
     return model
 
 
-def write_gguf(path: Path, model: Any) -> Path:
+def write_gguf(path: Path, model: Any, *, extra: dict[str, torch.Tensor] | None = None) -> Path:
     """Write a llama model and a vocabulary of single letters as GGUF, queries and keys permuted as llama.cpp does."""
     config = model.config
     writer = gguf.GGUFWriter(str(path), "llama")
@@ -205,9 +206,10 @@ def write_gguf(path: Path, model: Any) -> Path:
     writer.add_layer_norm_rms_eps(config.rms_norm_eps)
     writer.add_rope_freq_base(config.rope_parameters["rope_theta"])
     writer.add_tokenizer_model("gpt2")
-    writer.add_token_list([f"t{index}" for index in range(config.vocab_size)])
+    letters = [chr(ord("A") + index) for index in range(26)]
+    writer.add_token_list([*"?<>", "a", "b", "ab", *letters, *(f"{n:04}" for n in range(config.vocab_size - 32))])
     writer.add_token_types([1] * config.vocab_size)
-    writer.add_token_merges(["t 0"])
+    writer.add_token_merges(["a b"])
     writer.add_eos_token_id(2)
     names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, config.num_hidden_layers)
     heads = {"q_proj": config.num_attention_heads, "k_proj": config.num_key_value_heads}
@@ -219,6 +221,8 @@ def write_gguf(path: Path, model: Any) -> Path:
                 weight = weight.view(count, 2, -1, weight.shape[1]).transpose(1, 2).reshape(weight.shape)
         stem, _, suffix = name.rpartition(".")
         writer.add_tensor(f"{names.get_name(stem)}.{suffix}", weight.contiguous().numpy())
+    for name, weight in (extra or {}).items():
+        writer.add_tensor(name, weight.numpy())
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()

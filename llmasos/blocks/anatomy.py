@@ -55,8 +55,8 @@ class Anatomy:
         return ".".join(part for part in (self.owner_name, self.list_name) if part) + "."
 
 
-_MISFITS = (ArithmeticError, AssertionError, AttributeError, LookupError, RuntimeError, TypeError, ValueError)
-"""What a model class raises when it cannot make sense of a config."""
+MISFITS = (ArithmeticError, AssertionError, AttributeError, LookupError, RuntimeError, TypeError, ValueError)
+"""What a model class raises when a config makes no sense to it, or it is run in a way that it was not made for."""
 
 
 def dissect(config: PretrainedConfig, dtype: str) -> Anatomy:
@@ -80,7 +80,7 @@ def _on_meta(config: PretrainedConfig, dtype: str, attention: str | None) -> Any
     with quiet(), torch.device("meta"):
         try:
             return AutoModelForCausalLM.from_config(copy.deepcopy(config), dtype=DTYPES[dtype], **chosen)
-        except _MISFITS as error:
+        except MISFITS as error:
             raise CheckpointError(
                 f"the config of this {config.model_type} model does not describe a model: {error}",
                 hint="look into its config.json",

@@ -243,7 +243,8 @@ def _attend_explicitly(
     heads, tokens = keys.shape[0], query.shape[1]
     group = query.shape[0] // heads
     scale = query.shape[2] ** -0.5 if scaling is None else scaling
-    grouped = query.reshape(heads, group * tokens, query.shape[2])
+    # A copy, so that neither strides nor alignment depend on where in the batch the rows lie: products would too.
+    grouped = query.clone(memory_format=torch.contiguous_format).view(heads, group * tokens, query.shape[2])
     scores = (grouped @ keys[:, start:].transpose(1, 2) * scale).view(heads, group, tokens, -1)
     if softcap is not None:
         scores = torch.tanh(scores / softcap) * softcap

@@ -11,13 +11,14 @@ from typing import Any
 
 import torch
 
-from llmasos.blocks.anatomy import Anatomy, dissect
-from llmasos.blocks.attention import PackedCache, PackedStep, SessionView
+from llmasos.blocks.anatomy import MISFITS, Anatomy, dissect
+from llmasos.blocks.attention import NotPackableError, PackedCache, PackedStep, SessionView
 from llmasos.blocks.chain import Chain, Finished
 from llmasos.blocks.devices import DTYPES, resolve_device, resolve_dtype
 from llmasos.blocks.kv_cache import SessionCache
 from llmasos.blocks.linear import pack_linears, weight_bytes
 from llmasos.blocks.loading import Loader, Progress, left_on_meta
+from llmasos.blocks.quiet import quiet
 from llmasos.blocks.registry import ModelSpec
 from llmasos.errors import UnsupportedModelError, UsageError
 from llmasos.span import Span
@@ -105,4 +106,28 @@ def load_ends(
     pack_linears(body.model, device)
     if progress is not None:
         progress(total, total)
-    return ModelEnds(spec, dtype, device, body, chain)
+    ends = ModelEnds(spec, dtype, device, body, chain)
+    _try_out(ends, body)
+    return ends
+
+
+def _try_out(ends: ModelEnds, body: Anatomy) -> None:
+    """Run both ends once, so that a family which does not fit is refused now."""
+    try:
+        try:
+            rows = ends.embed([0, 1, 0], 2)
+        except NotPackableError:  # it makes a mask of its own: let it, no attention is computed here
+            with quiet():
+                body.model.set_attn_implementation(body.attention)
+            rows = ends.embed([0, 1, 0], 2)
+        scores = ends.logits(rows)
+    except MISFITS as reason:
+        raise UnsupportedModelError(
+            f"{body.model.config.model_type} models cannot be served block by block: their code fails without blocks "
+            f"({reason})"
+        ) from reason
+    if rows.shape != (3, ends.hidden_size) or scores.shape[0] != 3:
+        raise UnsupportedModelError(
+            f"{body.model.config.model_type} models cannot be served block by block: what enters their blocks has the "
+            f"shape {list(rows.shape)}, not (tokens, {ends.hidden_size})"
+        )

@@ -30,6 +30,10 @@ def looks_like_hub_id(name: str) -> bool:
     return bool(_ID.fullmatch(name)) and not name.endswith((".gguf", ".safetensors", ".bin"))
 
 
+class _UnreachableError(UnknownModelError):
+    """A file is not in the cache, and the hub does not answer."""
+
+
 class HubFiles:
     """The files of one repository at one revision."""
 
@@ -40,11 +44,21 @@ class HubFiles:
         """The commit: the cache keeps every revision in a folder named after it."""
 
     def get(self, name: str) -> Path | None:
-        """The file `name` of this revision, fetched if it is not here; None if the repository has none."""
+        """The file `name` of this revision, fetched if it is not here; None if there is none, or none can be had."""
         try:
             return self._fetch(name, self.revision)
-        except FileNotFoundError:
+        except (FileNotFoundError, _UnreachableError):
             return None
+
+    def need(self, name: str) -> Path:
+        """The file `name` of this revision, fetched if it is not here."""
+        try:
+            return self._fetch(name, self.revision)
+        except FileNotFoundError as error:
+            raise CheckpointError(
+                f"{self.repository} on the hub has no {name}",
+                hint="pickled weights are not read here: take a repository with safetensors",
+            ) from error
 
     def _fetch(self, name: str, revision: str | None) -> Path:
         hint = "try --model smollm2, a directory with config.json and safetensors, or a .gguf file"
@@ -58,7 +72,7 @@ class HubFiles:
                 ) from error
             raise UnknownModelError(f"the hub has no repository {self.repository}", hint=hint) from error
         except (LocalEntryNotFoundError, OfflineModeIsEnabled) as error:
-            raise UnknownModelError(
+            raise _UnreachableError(
                 f"{name} of {self.repository} is not in the cache of this machine, and the hub cannot be reached",
                 hint=hint,
             ) from error
@@ -79,13 +93,7 @@ class HubCheckpoint:
         index = files.get("model.safetensors.index.json")
         self._shards: dict[str, str] = weight_map(index) if index is not None else {}
         if index is None:
-            single = files.get("model.safetensors")
-            if single is None:
-                raise CheckpointError(
-                    f"{files.repository} has no safetensors files",
-                    hint="pickled weights are not read here: convert them with save_pretrained(...)",
-                )
-            self._headers["model.safetensors"] = read_header(single)
+            self._headers["model.safetensors"] = read_header(files.need("model.safetensors"))
             self._shards = dict.fromkeys(self._headers["model.safetensors"], "model.safetensors")
 
     def names(self, model: Any) -> Mapping[str, str]:
@@ -103,10 +111,7 @@ class HubCheckpoint:
     def _stored(self, name: str) -> Stored:
         shard = self._shards[name]
         if shard not in self._headers:
-            path = self._files.get(shard)
-            if path is None:
-                raise CheckpointError(f"{self._files.repository} has no file {shard}, which its index names")
-            self._headers[shard] = read_header(path)
+            self._headers[shard] = read_header(self._files.need(shard))
         if name not in self._headers[shard]:
             raise CheckpointError(f"tensor {name} is not in {shard}, where the index says it is")
         return self._headers[shard][name]

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from llmasos.blocks import trial
-from llmasos.blocks.anatomy import Anatomy, context_tokens, dissect
+from llmasos.blocks.anatomy import MISFITS, Anatomy, context_tokens, dissect
 from llmasos.blocks.attention import NAME as PACKED
 from llmasos.blocks.attention import NotPackableError, PackedCache, PackedStep, SessionView, Slot
 from llmasos.blocks.chain import Chain, Finished, mute
@@ -19,9 +19,6 @@ from llmasos.blocks.quiet import quiet
 from llmasos.blocks.registry import ModelSpec
 from llmasos.errors import UnsupportedModelError, UsageError
 from llmasos.span import Span
-
-_MISFITS = (ArithmeticError, AssertionError, AttributeError, LookupError, RuntimeError, TypeError, ValueError)
-"""What a model class raises when its blocks are run in a way that it was not made for."""
 
 
 @dataclass(slots=True)
@@ -156,7 +153,8 @@ class DecoderBlocks:
         self._attend_by("eager" if self._body.packed else self._body.attention)
         try:
             positions = torch.arange(rows.shape[0], device=self.device)[None]
-            return self._run(self.span, rows[None], positions, cache, torch.randn_like(rows)[None])[0]
+            noise = 10 * torch.randn_like(rows)
+            return self._run(self.span, rows[None], positions, cache, noise[None])[0]
         finally:
             self._attend_by(PACKED if self.packed else self._body.attention)
 
@@ -192,19 +190,25 @@ def load_blocks(
     return blocks
 
 
+def _fits(blocks: DecoderBlocks) -> bool:
+    """Whether sessions can share a forward pass of this family. Its code decides that, not a list of names."""
+    try:
+        return trial.deviation(blocks) <= 1
+    except (NotPackableError, *MISFITS):
+        return False
+
+
 def _try_out(blocks: DecoderBlocks, body: Anatomy) -> None:
     """Refuse blocks that do not compute what their family computes; measure what a cached token costs."""
     lost = left_on_meta(body.owner)
     if lost:
         raise UnsupportedModelError(f"{body.model.config.model_type} models keep {lost[0]} outside of their blocks")
+    if blocks.packed and not _fits(blocks):
+        blocks.run_one_by_one()
     family = f"{body.model.config.model_type} models cannot be served block by block"
     try:
-        try:
-            error = trial.deviation(blocks)
-        except NotPackableError:
-            blocks.run_one_by_one()
-            error = trial.deviation(blocks)
-    except _MISFITS as reason:
+        error = trial.deviation(blocks)
+    except MISFITS as reason:
         raise UnsupportedModelError(f"{family}: their code fails when blocks run apart ({reason})") from reason
     if not error <= 1:
         raise UnsupportedModelError(

@@ -9,28 +9,33 @@ from typing import cast
 
 import torch
 from torch import nn
+from transformers.pytorch_utils import Conv1D
 
 ROWS_HINT = 16
 """Row count that the weight order is tuned for: batches of decoding sessions."""
 
 
-def can_pack(linear: nn.Module, device: str) -> bool:
-    """Whether `linear` is a plain linear layer that oneDNN can take over on this machine."""
-    if type(linear) is not nn.Linear or torch.device(device).type != "cpu" or not torch._C._has_mkldnn:
+def can_pack(layer: nn.Module, device: str) -> bool:
+    """Whether `layer` is a plain linear layer that oneDNN can take over on this machine."""
+    if type(layer) not in (nn.Linear, Conv1D) or torch.device(device).type != "cpu" or not torch._C._has_mkldnn:
         return False
-    if linear.weight.dtype == torch.bfloat16:
+    weight = cast(torch.Tensor, layer.weight)
+    if weight.dtype == torch.bfloat16:
         return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
-    return linear.weight.dtype == torch.float32
+    return weight.dtype == torch.float32
 
 
 class PackedLinear(nn.Module):
-    """Takes over the weight of an `nn.Linear`; the original is dropped by the caller."""
+    """Takes over the weight of an `nn.Linear`, or of GPT-2's `Conv1D`, which is one with its weight transposed.
 
-    def __init__(self, linear: nn.Linear) -> None:
+    The original is dropped by the caller.
+    """
+
+    def __init__(self, linear: nn.Linear | Conv1D) -> None:
         super().__init__()
-        weight = linear.weight.detach().contiguous()
-        self.in_features = linear.in_features
-        self.out_features = linear.out_features
+        self._transposed = isinstance(linear, Conv1D)
+        weight = (linear.weight.detach().t() if self._transposed else linear.weight.detach()).contiguous()
+        self.out_features, self.in_features = (int(size) for size in weight.shape)
         self.packed = torch.ops.mkldnn._reorder_linear_weight(weight, ROWS_HINT)
         self.bias = None if linear.bias is None else linear.bias.detach()
         self.nbytes = weight.nbytes + (0 if self.bias is None else self.bias.nbytes)
@@ -38,7 +43,8 @@ class PackedLinear(nn.Module):
     @property
     def weight(self) -> torch.Tensor:
         """The weight in its usual order, rebuilt at each call: right for any family that reads it, but slow."""
-        return cast(torch.Tensor, self.packed.to_dense())
+        weight = cast(torch.Tensor, self.packed.to_dense())
+        return weight.t() if self._transposed else weight
 
     def forward(self, rows: torch.Tensor) -> torch.Tensor:
         """(…, in_features) -> (…, out_features)."""

@@ -81,7 +81,7 @@ def _find(name: str) -> tuple[str, Source]:
     if alias is not None:
         embedded = _embedded(alias)
         return name, GgufSource(embedded) if embedded is not None else HubSource(alias.repository)
-    path = Path(name).expanduser()
+    path = Path(name or "nowhere").expanduser()
     if path.is_dir():
         if not (path / "config.json").exists():
             raise UnknownModelError(f"the directory {path} has no config.json", hint=_hint())

@@ -99,7 +99,7 @@ class GgufSource:
                 return cast(
                     PreTrainedTokenizerBase, TokenizersBackend.from_pretrained(str(path.parent), gguf_file=path.name)
                 )
-        except (ValueError, KeyError, OSError) as error:
+        except Exception as error:  # the tokenizers library raises plain ones
             raise CheckpointError(f"{path} holds no tokenizer that transformers reads: {error}") from error
 
     def checkpoint(self) -> GgufFile:
@@ -165,7 +165,7 @@ def config_of(found: Mapping[str, Any], where: str) -> PretrainedConfig:
     try:
         with quiet():
             config = AutoConfig.for_model(**found)
-    except (ValueError, TypeError, AttributeError, KeyError, StrictDataclassError) as error:
+    except (*anatomy.MISFITS, StrictDataclassError) as error:
         raise CheckpointError(f"{where} is not a config of a {family} model: {error}") from error
     if anatomy.text_config(config) is config and not getattr(config, "is_encoder_decoder", False):
         _require_fields(config, found, where)
@@ -199,7 +199,7 @@ def _tokenizer(path: Path, where: str) -> PreTrainedTokenizerBase:
     try:
         with quiet():
             found = AutoTokenizer.from_pretrained(str(path), local_files_only=True)
-    except (ValueError, OSError, KeyError, TypeError, AttributeError, ImportError) as error:
+    except Exception as error:  # the tokenizers library raises plain ones
         raise CheckpointError(
             f"{where} holds no tokenizer that transformers reads: {error}", hint="add the model's tokenizer.json"
         ) from error

@@ -56,8 +56,8 @@ class Session:
         return steps([self], [token_ids])[0]
 
     def cut(self, length: int) -> None:
-        for cache in self.caches:
-            cache.truncate(length)
+        for kv in self.caches:
+            kv.truncate(length)
 
 
 def steps(sessions: Sequence[Session], token_ids: Sequence[Sequence[int]]) -> list[torch.Tensor]:

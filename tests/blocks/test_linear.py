@@ -1,0 +1,71 @@
+"""Prepacked linear layers: the same numbers, and the same bits in any company."""
+
+import pytest
+import torch
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+from llmasos.blocks.linear import PackedLinear, can_pack, pack_linears, weight_bytes
+
+SHAPES = [(96, 40), (44, 132), (7, 5), (576, 1536)]
+ROWS = [1, 2, 3, 5, 16, 17, 64, 129, 512]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("outputs", "inputs"), SHAPES)
+@torch.inference_mode()
+def test_rows_have_the_same_bits_whoever_shares_the_call(outputs: int, inputs: int, dtype: torch.dtype) -> None:
+    linear = nn.Linear(inputs, outputs, dtype=dtype)
+    if not can_pack(linear, "cpu"):
+        pytest.skip(f"oneDNN does not take {dtype} here")
+    packed, rows = PackedLinear(linear), torch.randn(512, inputs).to(dtype)
+    together = packed(rows)
+    tolerance = 1e-5 if dtype == torch.float32 else 2e-2
+    torch.testing.assert_close(together, linear(rows), rtol=tolerance, atol=tolerance)
+    for count in ROWS:
+        assert torch.equal(packed(rows[:count]), together[:count]), f"{count} rows"
+        assert torch.equal(packed(rows[-count:]), together[-count:]), f"the last {count} rows"
+
+
+@torch.inference_mode()
+def test_any_leading_shape_is_kept() -> None:
+    linear = nn.Linear(13, 9, bias=False)
+    packed = PackedLinear(linear)
+    for shape in [(13,), (1, 13), (1, 1, 13), (2, 3, 13), (1, 6, 13)]:
+        rows = torch.randn(shape)
+        assert packed(rows).shape == linear(rows).shape
+        torch.testing.assert_close(packed(rows), linear(rows))
+
+
+@torch.inference_mode()
+def test_the_transposed_layers_of_gpt2_are_taken_over_too() -> None:
+    layer, rows = Conv1D(9, 13), torch.randn(4, 13)
+    nn.init.normal_(layer.bias)
+    packed = PackedLinear(layer)
+    torch.testing.assert_close(packed(rows), layer(rows))
+    assert torch.equal(packed.weight, layer.weight)
+
+
+@torch.inference_mode()
+def test_code_that_reads_the_weight_gets_it() -> None:
+    linear = nn.Linear(13, 9)
+    assert torch.equal(PackedLinear(linear).weight, linear.weight)
+
+
+@torch.inference_mode()
+def test_packing_keeps_one_copy_of_each_weight() -> None:
+    class Special(nn.Linear):
+        """A family's own kind of linear layer stays what it is."""
+
+    model = nn.Sequential(nn.Linear(13, 9), nn.Sequential(nn.Linear(9, 7, bias=False)), Special(7, 3), nn.LayerNorm(3))
+    before = weight_bytes(model)
+    pack_linears(model, "cpu")
+    assert [type(module) for module in model] == [PackedLinear, nn.Sequential, Special, nn.LayerNorm]
+    assert weight_bytes(model) == before == 4 * (13 * 9 + 9 + 9 * 7 + 7 * 3 + 3 + 3 + 3)
+    assert sum(p.numel() for p in model.parameters()) == 7 * 3 + 3 + 3 + 3
+
+
+def test_other_devices_and_types_keep_their_linear_layers() -> None:
+    assert not can_pack(nn.Linear(3, 5), "cuda")
+    assert not can_pack(nn.Linear(3, 5, dtype=torch.float16), "cpu")
+    assert not can_pack(nn.LayerNorm(3), "cpu")

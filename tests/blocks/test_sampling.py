@@ -1,0 +1,82 @@
+"""Sampling is that of transformers' generate, token for token."""
+
+from typing import Any
+
+import pytest
+import torch
+
+from llmasos.blocks.sampling import Sampler, SamplingParams
+from llmasos.errors import UsageError
+from tests.blocks.conftest import Session, tokens
+from tests.checkpoints import VOCAB
+
+SETTINGS = [
+    {"temperature": 0.8},
+    {"temperature": 1.7, "top_k": 11},
+    {"temperature": 1.0, "top_p": 0.6},
+    {"temperature": 2.5, "top_p": 0.9, "top_k": 23, "repetition_penalty": 1.4},
+    {"temperature": 0.0, "repetition_penalty": 1.6},
+    {"temperature": 0.0},
+]
+
+
+@pytest.mark.parametrize("settings", SETTINGS, ids=str)
+def test_draws_equal_those_of_generate(settings: dict[str, Any], split_model: Any) -> None:
+    split = split_model("qwen3")
+    prompt, asked = tokens(9), 14
+    sampled = settings["temperature"] > 0
+    options = {"top_k": 0, "top_p": 1.0, **settings} if sampled else {"repetition_penalty": 1.0, **settings}
+    if not sampled:
+        del options["temperature"]
+    with torch.random.fork_rng():
+        torch.manual_seed(1234)
+        wanted = split.reference.generate(
+            torch.tensor([prompt]), max_new_tokens=asked, do_sample=sampled, eos_token_id=None, **options
+        )[0]
+    sampler, session, ids = Sampler(SamplingParams(**settings, seed=1234)), Session(split), list(prompt)
+    logits = session.step(ids)
+    for _ in range(asked):
+        ids.append(sampler(ids, logits[-1]))
+        logits = session.step(ids[-1:])
+    assert ids == wanted.tolist()
+
+
+def test_a_seed_repeats_and_the_global_random_state_is_left_alone() -> None:
+    params = SamplingParams(temperature=1.0, seed=7)
+    logits = torch.randn(VOCAB)
+    torch.manual_seed(0)
+    before = torch.get_rng_state()
+    first, second = Sampler(params), Sampler(params)
+    draws = [first([], logits) for _ in range(20)]
+    assert draws == [second([], logits) for _ in range(20)]
+    assert len(set(draws)) > 5
+    assert torch.equal(torch.get_rng_state(), before)
+    unseeded = [Sampler(SamplingParams(temperature=1.0)) for _ in range(2)]
+    assert [unseeded[0]([], logits) for _ in range(30)] != [unseeded[1]([], logits) for _ in range(30)]
+
+
+def test_logits_are_not_changed() -> None:
+    logits = torch.randn(VOCAB)
+    kept = logits.clone()
+    Sampler(SamplingParams(temperature=0.5, top_k=3, repetition_penalty=2.0, seed=1))([4, 5, 6], logits)
+    assert torch.equal(logits, kept)
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"temperature": -0.1},
+        {"temperature": float("nan")},
+        {"temperature": float("inf")},
+        {"top_p": 0.0},
+        {"top_p": 1.1},
+        {"top_k": -1},
+        {"repetition_penalty": 0.0},
+        {"repetition_penalty": float("inf")},
+        {"seed": 2**64},
+    ],
+    ids=str,
+)
+def test_settings_out_of_range_are_refused_by_name(wrong: dict[str, Any]) -> None:
+    with pytest.raises(UsageError, match=next(iter(wrong))):
+        SamplingParams(**wrong)
