@@ -5,8 +5,11 @@ Files and ids are those of libp2p. A key file is a protobuf, `08 01 12 40` + see
 so a signature needs nothing but the id to be verified.
 """
 
+import contextlib
+import fcntl
 import os
 import secrets
+from collections.abc import Iterator
 from functools import lru_cache
 from pathlib import Path
 
@@ -104,6 +107,20 @@ class Identity:
     def sign(self, message: bytes) -> bytes:
         """64 bytes that `verify` accepts for this peer id and this message only."""
         return self._private.sign(message)
+
+
+@contextlib.contextmanager
+def claim(path: Path) -> Iterator[None]:
+    """Hold an identity file for this process alone: two peers of one id would take each other's connections."""
+    with path.open("rb") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UsageError(
+                f"the identity {path} is in use by another process",
+                hint="stop that one, or give this one an identity of its own: --identity FILE",
+            ) from None
+        yield
 
 
 def verify(peer: str, message: bytes, signature: bytes) -> bool:

@@ -21,7 +21,7 @@ from typing import Any, Self
 
 from llmasos.config import CONNECT_TIMEOUT_S, MAX_STREAMS_PER_PEER, REJOIN_EVERY_S, NetworkConfig
 from llmasos.errors import ConnectionLostError, LLMasOSError, SwarmUnreachableError, UsageError, short_id
-from llmasos.identity import Identity, public_key_of
+from llmasos.identity import Identity, claim, public_key_of
 from llmasos.multiaddr import is_transport, parse_multiaddr
 from llmasos.network import Handler, PeerId, Published, Stream, run_handler
 from llmasos.p2p_daemon import Daemon, DaemonError
@@ -54,6 +54,7 @@ class P2PNetwork:
         self._config = config
         self._contact = Contact(peer=identity.peer_id)
         self._tasks = TaskSet()
+        self._releases = contextlib.ExitStack()
         self._handlers: dict[str, Handler] = {}
         self._streams: dict[FrameStream, None] = {}
         self._inbound: dict[PeerId, int] = {}
@@ -70,10 +71,20 @@ class P2PNetwork:
         identity = Identity.generate() if config.identity is None else Identity.load_or_create(config.identity)
         listen_on = [_listen_multiaddr(config.host, config.port)] if config.listen else []
         self = cls(identity, config)
+        if config.identity is not None:
+            self._releases.enter_context(claim(config.identity))
+        try:
+            await self._start(listen_on)
+        except BaseException:
+            self._releases.close()
+            raise
+        return self
+
+    async def _start(self, listen_on: Sequence[str]) -> None:
+        config, identity = self._config, self._identity
         self._daemon = await Daemon.start(identity, listen_on, self._on_stream)
         try:
-            addresses = sorted(filter(is_transport, self._daemon.addresses), key=_is_loopback)
-            self._contact = Contact(peer=identity.peer_id, addresses=tuple(addresses[:MAX_ADDRESSES]))
+            self._contact = Contact(peer=identity.peer_id, addresses=dialable(self._daemon.addresses))
             self._node = await DHTNode.create(
                 p2p=self._daemon.p2p,
                 node_id=node_id_of(self._daemon.p2p.peer_id),
@@ -95,7 +106,6 @@ class P2PNetwork:
             raise
         self._registry = Registry(self._node, identity, client=not config.listen)
         self._tasks.spawn(self._watch_daemon(), name="watch the p2p daemon")
-        return self
 
     @property
     def peer_id(self) -> PeerId:
@@ -149,12 +159,16 @@ class P2PNetwork:
 
     async def _dial(self, peer: PeerId, addresses: Sequence[str], protocol: str) -> FrameStream:
         known = [address for address in addresses if is_transport(address)]
+        refused = None
         if known:
             try:
                 await self._daemon.dial(peer, known)
-            except DaemonError as error:  # it may have moved: the daemon knows other ways to find it
-                logger.debug("peer %s is not at %s: %s", short_id(peer), ", ".join(known), _one_line(error))
-        return await self._daemon.open(peer, protocol)
+            except DaemonError as error:
+                refused = error
+        try:
+            return await self._daemon.open(peer, protocol)  # it may have moved: the daemon knows other ways to find it
+        except DaemonError as error:
+            raise refused or error from None  # the second says no more than "dial backoff"
 
     async def _connect_to_self(self, protocol: str) -> Stream:
         """libp2p refuses to dial itself; a pair of sockets does as well."""
@@ -205,9 +219,10 @@ class P2PNetwork:
 
     async def lookup(self, topic: str) -> dict[PeerId, Published]:
         self._check()
-        found = await self._registry.lookup(topic)
-        self._check()
-        return found
+        try:
+            return await self._registry.lookup(topic)
+        finally:
+            self._check()  # if it is our own daemon that is gone, say so
 
     async def join(self, addresses: Sequence[str]) -> None:
         """Meet the peers at these multiaddrs, and again whenever they are lost from sight."""
@@ -235,9 +250,11 @@ class P2PNetwork:
             greetings = [group.create_task(self._greet(contact)) for contact in contacts]
         if not any(greeting.result() for greeting in greetings):
             return False
-        with contextlib.suppress(TimeoutError):  # the neighbours may be slow; those that answered know us now
+        try:
             async with asyncio.timeout(CONNECT_TIMEOUT_S):
                 await self._node.find_nearest_nodes([self._node.node_id])
+        except Exception as error:  # whatever hivemind makes of odd answers; those that were greeted know us now
+            logger.debug("the search for neighbours ended early: %r", error, exc_info=error)
         return True
 
     async def _greet(self, contact: Contact) -> bool:
@@ -254,7 +271,7 @@ class P2PNetwork:
         """A restarted bootstrap knows nobody, and the DHT would be in two halves until somebody asks it again."""
         met_at = time.monotonic()
         missing = False
-        while True:
+        while not self.failed.is_set():
             await asyncio.sleep(WATCH_BOOTSTRAPS_EVERY_S)
             table = self._node.protocol.routing_table
             lost = any(table.get(peer_id=PeerID.from_base58(peer)) is None for peer in self._bootstraps)
@@ -307,6 +324,7 @@ class P2PNetwork:
         finally:
             self._node.is_alive = False
             await self._daemon.stop()
+            self._releases.close()
             self._closed.set()
 
     async def __aenter__(self) -> Self:
@@ -327,7 +345,22 @@ def _listen_multiaddr(host: str, port: int) -> str:
         ) from None
     if not 0 <= port < 65_536:
         raise UsageError(f"{port} is not a port", hint="--port takes 1 to 65535, or 0 for any free one")
+    # libp2p shares a port that another p2pd listens on, and each gets a part of the connections; so look first
+    with socket.socket(socket.AF_INET if address.version == 4 else socket.AF_INET6) as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((str(address), port))
+        except OSError as error:
+            raise UsageError(
+                f"cannot listen on {address} port {port}: {error.strerror}",
+                hint="choose another one with --host and --port (--port 0 takes any free port)",
+            ) from error
     return f"/ip{address.version}/{address}/tcp/{port}"
+
+
+def dialable(addresses: Sequence[str]) -> tuple[str, ...]:
+    """Those that others can dial, the ones that only this machine can last."""
+    return tuple(sorted(filter(is_transport, addresses), key=_is_loopback)[:MAX_ADDRESSES])
 
 
 def _is_loopback(transport: str) -> bool:

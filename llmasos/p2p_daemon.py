@@ -15,6 +15,7 @@ import os
 import shutil
 import socket
 import tempfile
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -34,6 +35,10 @@ STOP_TIMEOUT_S = 3.0
 CONTROL_TIMEOUT_S = 5.0
 
 OnStream = Callable[[FrameStream], None]
+
+
+_FOLDER_PREFIX = "llmasos-p2pd-"
+_STALE_AFTER_S = 60.0
 
 
 class DaemonError(Exception):
@@ -62,7 +67,8 @@ class Daemon:
     @classmethod
     async def start(cls, identity: Identity, listen_on: Sequence[str], on_stream: OnStream) -> "Daemon":
         """Start p2pd as `identity`; it listens on these multiaddrs, or on none and takes no part in the peer DHT."""
-        daemon = cls(Path(tempfile.mkdtemp(prefix="llmasos-")), on_stream)
+        _sweep()
+        daemon = cls(Path(tempfile.mkdtemp(prefix=_FOLDER_PREFIX)), on_stream)
         try:
             async with asyncio.timeout(START_TIMEOUT_S):
                 await daemon._start(identity, listen_on)
@@ -240,6 +246,19 @@ class Daemon:
         except BaseException:
             stream.abort()
             raise
+
+
+def _sweep() -> None:
+    """Remove the folders that processes killed by force have left: those in which no p2pd listens any more."""
+    for folder in Path(tempfile.gettempdir()).glob(f"{_FOLDER_PREFIX}*"):
+        with contextlib.suppress(OSError), socket.socket(socket.AF_UNIX) as control:
+            if time.time() - folder.stat().st_mtime < _STALE_AFTER_S:
+                continue  # it may be starting
+            try:
+                control.settimeout(CONTROL_TIMEOUT_S)
+                control.connect(str(folder / "control.sock"))
+            except (ConnectionRefusedError, FileNotFoundError):
+                shutil.rmtree(folder, ignore_errors=True)
 
 
 def _varint(read_byte: Callable[[], bytes]) -> int:

@@ -128,19 +128,21 @@ class Registry:
                 stored = await self._node.store(
                     topic, envelope, expires_at, subkey=str(self._identity.peer_id), exclude_self=self._client
                 )
-        except TimeoutError:
-            logger.warning("publishing under %s took longer than %g s", topic, LOOKUP_TIMEOUT_S)
+        except Exception as error:  # a store that fails is tried again by the next; hivemind may raise anything
+            logger.warning("publishing under %r failed: %r", topic, error)
+            logger.debug("publishing under %r failed", topic, exc_info=error)
             return False
         return bool(stored)
 
     async def lookup(self, topic: str) -> dict[PeerId, Published]:
-        timed_out = False
+        failure: Exception | None = None
         found = None
         try:
             async with asyncio.timeout(LOOKUP_TIMEOUT_S):
                 found = await self._node.get(topic, latest=True)
-        except TimeoutError:
-            timed_out = True
+        except Exception as error:
+            failure = error
+            logger.debug("looking up %r failed", topic, exc_info=error)
         entries = found.value if found is not None and isinstance(found.value, dict) else {}
         seen = self._seen.pop(topic, {})
         for peer, (envelope, expires_at) in entries.items():
@@ -151,8 +153,10 @@ class Registry:
                     seen[PeerId(peer)] = Published(PeerId(peer), value, expires_at)
         now = get_dht_time()
         live = {peer: entry for peer, entry in seen.items() if now < entry.expires_at}
-        if timed_out and not live:
-            raise SwarmUnreachableError(f"the registry did not answer within {LOOKUP_TIMEOUT_S:g} s")
+        if failure is not None and not live:
+            raise SwarmUnreachableError(
+                f"the registry did not answer within {LOOKUP_TIMEOUT_S:g} s", hint="check that a bootstrap peer runs"
+            ) from failure
         if live:
             self._seen[topic] = live  # at the end: the topics that were not asked for longest come first
             if len(self._seen) > MAX_TOPICS:
