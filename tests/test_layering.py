@@ -54,7 +54,7 @@ HOMES = {
 
 SIMULATED = ["llmasos.peer", "llmasos.client.session", "llmasos.client.router", "llmasos.routing"]
 """Runs unchanged under virtual time: clocks, sleeping and chance come in through a seam."""
-REAL = ["llmasos.peer.torch_runner", "llmasos.peer.__main__"]
+REAL = ["llmasos.peer.torch_runner", "llmasos.peer.serve", "llmasos.peer.__main__"]
 """The real side of the Runner seam, and where a process begins."""
 CLOCKS = {"time", "time_ns", "monotonic", "monotonic_ns", "perf_counter", "perf_counter_ns", "process_time", "sleep"}
 CHANCE = {"Random"}

@@ -59,7 +59,6 @@ class Work:
 class Offer(NamedTuple):
     """A record as the planner reads it: what does not depend on the request, computed once when it arrives."""
 
-    end: int
     kv_free_tokens: int
     expires_at: float
     block_s: float
@@ -75,9 +74,8 @@ class Offer(NamedTuple):
 
 def make_offer(record: PeerRecord, expires_at: float) -> Offer:
     """What `record` claims, until `expires_at`."""
-    step_s = record.block_seconds + record.active_sessions * record.row_seconds
+    step_s = step_seconds(record)
     return Offer(
-        record.span.end,
         record.kv_free_tokens,
         expires_at,
         record.block_seconds,
@@ -87,6 +85,11 @@ def make_offer(record: PeerRecord, expires_at: float) -> Offer:
         residual_s(step_s, len(record.span), record.active_sessions),
         record,
     )
+
+
+def step_seconds(record: PeerRecord) -> float:
+    """One block for one decoding row, beside the rows of all sessions that are there."""
+    return record.block_seconds + record.active_sessions * record.row_seconds
 
 
 def residual_s(step_s: float, span_blocks: int, sessions: int) -> float:

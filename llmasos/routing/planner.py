@@ -12,28 +12,21 @@ wins, and no route is dearer than the cheapest by more than SPREAD. Sessions tha
 count as load at once (`health.py`), although no record shows them yet.
 """
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from itertools import chain, islice
 from random import Random
 from typing import NamedTuple
 
 from llmasos.errors import MissingBlocksError
 from llmasos.routing.cost import NO_COST, HopCost, Work, hop_cost
 from llmasos.routing.health import Health
-from llmasos.routing.missing import missing_blocks, refusal
-from llmasos.routing.records import PeerRecord
+from llmasos.routing.market import Bid, Market, Ride
+from llmasos.routing.missing import missing_blocks
 from llmasos.routing.request import RouteRequest
-from llmasos.routing.view import Checkpoint, Pool, SwarmView
+from llmasos.routing.view import Checkpoint, SwarmView
 from llmasos.span import Span
 
 __all__ = ["Hop", "Route", "RouteRequest", "plan", "replan"]
-
-SPREAD = 0.25
-"""Routes within a quarter of the cheapest count as equal: announced loads are up to ANNOUNCE_EVERY_S old, and measured
-speeds repeat within 10 - 20 % on a shared machine."""
-SAMPLE = 255
-"""Offers looked at to tell what is typical: its median is then within 6 % of the true rank, two times in three."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,12 +77,14 @@ def plan(view: SwarmView, request: RouteRequest, now: float, rng: Random, health
     health = Health() if health is None else health
     checkpoint = _checkpoint(view, request)
     end = checkpoint.blocks if request.end is None else request.end
-    allowed = [pool for kind, pool in view.pools(request.model, checkpoint).items() if request.allows(*kind)]
-    found = [
-        route
-        for pools in ([allowed] if request.mixed else [[pool] for pool in allowed])
-        if (route := _cheapest(_bids(pools, request, checkpoint, end, now, rng, health), request.start, end))
-    ]
+    pools = {kind: pool for kind, pool in view.pools(request.model, checkpoint).items() if request.allows(*kind)}
+    found: list[tuple[float, list[_Leg]]] = []
+    for kinds in [sorted(pools)] if request.mixed else [[kind] for kind in sorted(pools)]:
+        together = {kind: pools[kind] for kind in kinds}
+        market = Market(view, together, request, checkpoint, end, now, rng, health)
+        cheapest = _cheapest(market, request.start, end)
+        if cheapest is not None:
+            found.append(cheapest)
     if not found:
         raise missing_blocks(view, request, checkpoint, end, now, health)
     _, legs = min(found, key=lambda route: route[0])
@@ -126,148 +121,47 @@ def replan(
     return Route(tuple(hops))
 
 
-# --- what each peer asks for it --------------------------------------------------------------------------------------
-
-
-class _Bid(NamedTuple):
-    """A peer's price for this request: `fixed_s + blocks * rate_s`, made dearer by the factor `spread`."""
-
-    fixed_s: float
-    rate_s: float
-    end: int
-    spread: float
-    record: PeerRecord
-
-
-def _bids(
-    pools: Sequence[Pool],
-    request: RouteRequest,
-    checkpoint: Checkpoint,
-    end: int,
-    now: float,
-    rng: Random,
-    health: Health,
-) -> dict[int, list[_Bid]]:
-    """The prices worth having, by the block at which their spans start: whoever is beaten at once is left out."""
-    work, link_s, draw = request.work, request.work.link_s(health.typical_rtt_s), rng.random
-    typical_fixed_s, typical_rate_s = _typical(pools, work, link_s)
-    steps, prompt, chunks, room_needed = work.new_tokens, work.prompt_tokens, work.chunks, request.kv_tokens
-    first, pinned = request.start, bool(request.pin)
-    singular = request.exclude.union(health)  # peers to look at one by one; with pins that is everybody
-    found: dict[int, list[_Bid]] = {}
-    for start, group in chain.from_iterable(pool.starts.items() for pool in pools):
-        if start >= end:
-            continue
-        bids = found.setdefault(start, [])
-        for peer, (stop, room, expires_at, block_s, row_s, step_s, queue_s, residual_s, record) in group.items():
-            if room < room_needed or expires_at <= now or stop <= first:
-                continue
-            proven = False
-            if pinned or peer in singular:
-                if refusal(record, expires_at, request, checkpoint, now, health):
-                    continue
-                seen = health.observed(peer, now, since=record.announced_at)
-                fixed_s = hop_cost(record, 0, work, seen).total_s
-                rate_s = hop_cost(record, 1, work, seen).total_s - fixed_s
-                proven = seen.proven
-            else:
-                fixed_s = link_s + queue_s + steps * residual_s
-                rate_s = steps * step_s + chunks * block_s + prompt * row_s
-            # one draw tosses the coin of belief and gives the spread
-            luck = 2.0 * draw()
-            if luck >= 1.0:
-                luck -= 1.0
-                if not proven:
-                    if fixed_s < typical_fixed_s:
-                        fixed_s = typical_fixed_s
-                    if rate_s < typical_rate_s:
-                        rate_s = typical_rate_s
-            spread = 1.0 + SPREAD * luck
-            fixed_s *= spread
-            rate_s *= spread
-            for other in bids:  # a handful
-                if other[0] <= fixed_s and other[1] <= rate_s and other[2] >= stop:
-                    break
-            else:
-                bids.append(_Bid(fixed_s, rate_s, stop, spread, record))
-    return found
-
-
-def _typical(pools: Sequence[Pool], work: Work, link_s: float) -> tuple[float, float]:
-    """The price in the middle of what is claimed, fixed and per block; of two the higher."""
-    stride = max(1, sum(map(len, pools)) // SAMPLE)
-    sample = list(islice(chain.from_iterable(pool.offers() for pool in pools), 0, None, stride))
-    if not sample:
-        return 0.0, 0.0
-    fixed_s = sorted(link_s + offer.queue_s + work.new_tokens * offer.residual_s for offer in sample)
-    rate_s = sorted(
-        work.new_tokens * offer.step_s + work.chunks * offer.block_s + work.prompt_tokens * offer.row_s
-        for offer in sample
-    )
-    return fixed_s[len(sample) // 2], rate_s[len(sample) // 2]
-
-
 # --- the shortest path -----------------------------------------------------------------------------------------------
 
 
 class _Leg(NamedTuple):
-    bid: _Bid
+    bid: Bid
     span: Span
 
 
-@dataclass(slots=True)
-class _Ride:
-    """A peer that a route may be passing through."""
-
-    bid: _Bid
-    entered_at: int = -1
-    ahead_s: float = float("inf")
-    """Cost of the cheapest way in, less what the blocks before it would have cost here: leaving at block `b` costs
-    `ahead_s + b * rate_s`, wherever it was entered."""
-
-
-def _cheapest(bids: dict[int, list[_Bid]], start: int, end: int) -> tuple[float, list[_Leg]] | None:
+def _cheapest(market: Market, start: int, end: int) -> tuple[float, list[_Leg]] | None:
     """The cheapest chain over `[start, end)` and its cost; None when some block has no bid."""
     cost_s = 0.0  # of reaching the boundary `at`
-    arrivals: list[tuple[_Bid, int]] = []  # how the boundary start + 1, start + 2, … is best reached
-    rides: list[_Ride] = []
-    joining: Iterable[_Bid] = chain.from_iterable(group for first, group in bids.items() if first <= start)
+    arrivals: list[tuple[Bid, int]] = []  # how the boundary start + 1, start + 2, … is best reached
+    rides: list[Ride] = []
     for at in range(start, end):
-        rides = [ride for ride in rides if ride.bid.end > at]
-        rides += [_Ride(bid) for bid in _undominated(joining, [ride.bid for ride in rides])]
-        best_s, arrival = float("inf"), None
+        market.join(at, rides)
+        best_s, best = float("inf"), None
         for ride in rides:
-            rate_s = ride.bid.rate_s
-            entering_s = cost_s + ride.bid.fixed_s - at * rate_s
+            rate_s = ride.rate_s
+            entering_s = cost_s + ride.fixed_s - at * rate_s
             if entering_s < ride.ahead_s:
                 ride.ahead_s, ride.entered_at = entering_s, at
             leaving_s = ride.ahead_s + (at + 1) * rate_s
             if leaving_s < best_s:
-                best_s, arrival = leaving_s, (ride.bid, ride.entered_at)
-        if arrival is None:
+                best_s, best = leaving_s, ride
+        if best is None:
             return None
-        arrivals.append(arrival)
+        arrivals.append((best.bid, best.entered_at))
         cost_s = best_s
-        joining = bids.get(at + 1, ())
+        # Leaving any other ride now is dearer than leaving the best. Those that neither go farther nor are cheaper from
+        # here on, nor when entered anew, are of no more use.
+        reach, rate_s, one_s = best.end, best.rate_s, best.fixed_s + best.rate_s
+        rides = [
+            ride
+            for ride in rides
+            if ride.end > at + 1
+            and (ride.end > reach or ride.rate_s < rate_s or ride.fixed_s + ride.rate_s < one_s or ride is best)
+        ]
     return cost_s, list(_walk_back(arrivals, start, end))[::-1]
 
 
-def _undominated(joining: Iterable[_Bid], present: Sequence[_Bid]) -> list[_Bid]:
-    """Of the bids that join, those not beaten in price and reach by one that is there."""
-    kept: list[_Bid] = []
-    front = [(bid.fixed_s, bid.rate_s, bid.end) for bid in present]
-    for bid in joining:
-        fixed_s, rate_s, end = bid[:3]
-        for other_fixed_s, other_rate_s, other_end in front:
-            if other_fixed_s <= fixed_s and other_rate_s <= rate_s and other_end >= end:
-                break
-        else:
-            front.append((fixed_s, rate_s, end))
-            kept.append(bid)
-    return kept
-
-
-def _walk_back(arrivals: Sequence[tuple[_Bid, int]], start: int, end: int) -> Iterator[_Leg]:
+def _walk_back(arrivals: Sequence[tuple[Bid, int]], start: int, end: int) -> Iterator[_Leg]:
     while end > start:
         bid, entered_at = arrivals[end - start - 1]
         yield _Leg(bid, Span(entered_at, end))

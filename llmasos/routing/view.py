@@ -7,16 +7,17 @@ Anybody can announce a model under any digest. So the records of a model are kep
 number of blocks), and what is said of a model as a whole is said of the checkpoint that most peers serve.
 
 Beside the records the view keeps, per checkpoint and numerics, a `Pool` of offers: the ONLINE records in the form that
-the planner reads, by start block. That is the incremental part: a record is digested once, when it arrives.
+the planner reads, by start and speed. That is the incremental part: a record is digested once, when it arrives.
 """
 
+from bisect import bisect_left, insort
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 from llmasos.config import LEASE_S, MAX_LEASE_S
-from llmasos.routing.cost import Offer, make_offer
+from llmasos.routing.cost import Offer, make_offer, step_seconds
 from llmasos.routing.records import PeerRecord, PeerState
 from llmasos.span import Span, gaps
 
@@ -31,6 +32,11 @@ class Checkpoint(NamedTuple):
     blocks: int
 
 
+Ranked = tuple[float, str, int, float, Offer]
+"""(`step_s`, peer, end, `row_s`, offer): sorts by speed, and equals by their id, so that no order depends on arrival.
+What most offers are passed over for stands here again, because a pointer followed costs more than a sum."""
+
+
 class Numerics(NamedTuple):
     """How a peer computes. A route never mixes them unless that is asked for."""
 
@@ -40,16 +46,35 @@ class Numerics(NamedTuple):
 
 @dataclass(slots=True)
 class Pool:
-    """The offers of one checkpoint in one kind of numerics, by start block and peer."""
+    """The offers of one checkpoint in one kind of numerics: by their first block, the fastest first."""
 
-    starts: dict[int, dict[str, Offer]] = field(default_factory=dict)
+    starts: dict[int, list[Ranked]] = field(default_factory=dict)
+    size: int = 0
 
     def __len__(self) -> int:
-        return sum(map(len, self.starts.values()))
+        return self.size
 
-    def offers(self) -> Iterator[Offer]:
-        for group in self.starts.values():
-            yield from group.values()
+    def offers(self, stride: int = 1) -> Iterator[Offer]:
+        """Each `stride`-th of all, in an order that does not depend on how they came."""
+        skip = 0
+        for _, ranked in sorted(self.starts.items()):
+            for entry in ranked[skip::stride]:
+                yield entry[-1]
+            skip = (skip - len(ranked)) % stride
+
+    def add(self, offer: Offer) -> None:
+        """Take in an offer of a peer that has none here."""
+        span, peer = offer.record.span, offer.record.peer
+        insort(self.starts.setdefault(span.start, []), (offer.step_s, peer, span.end, offer.row_s, offer))
+        self.size += 1
+
+    def remove(self, record: PeerRecord) -> None:
+        """Drop the offer that was made of this record."""
+        ranked = self.starts[record.span.start]
+        del ranked[bisect_left(ranked, (step_seconds(record), record.peer))]
+        self.size -= 1
+        if not ranked:
+            del self.starts[record.span.start]
 
 
 @dataclass(slots=True)
@@ -93,7 +118,7 @@ class SwarmView:
         if record.state is PeerState.ONLINE:
             pools = self._pools.setdefault(record.model, {}).setdefault(_checkpoint(record), {})
             pool = pools.setdefault(_numerics(record), Pool())
-            pool.starts.setdefault(record.span.start, {})[record.peer] = make_offer(record, lease_ends)
+            pool.add(make_offer(record, lease_ends))
         return True
 
     def remove(self, peer: str, model: str | None = None) -> None:
@@ -127,11 +152,8 @@ class SwarmView:
         if record.state is not PeerState.ONLINE:
             return
         pools = self._pools[model][checkpoint]
-        starts = pools[numerics].starts
-        del starts[record.span.start][record.peer]
-        if not starts[record.span.start]:
-            del starts[record.span.start]
-        if not starts:
+        pools[numerics].remove(record)
+        if not pools[numerics]:
             del pools[numerics]
         if not pools:
             del self._pools[model][checkpoint]
@@ -153,6 +175,11 @@ class SwarmView:
         """Every record of a model, whatever its state and checkpoint, in the order of their blocks."""
         records = [entry.record for entry in self._models.get(model, {}).values()]
         return sorted(records, key=lambda record: (record.span, record.peer))
+
+    def lease(self, peer: str, model: str) -> tuple[PeerRecord, float] | None:
+        """What a peer last announced for a model, and when that expires."""
+        entry = self._models.get(model, {}).get(peer)
+        return (entry.record, entry.expires_at) if entry else None
 
     def leases(self, model: str) -> Iterator[tuple[PeerRecord, float]]:
         """Every record of a model and when it expires."""

@@ -14,7 +14,8 @@ from llmasos.config import LEASE_S
 from llmasos.errors import MissingBlocksError, UsageError
 from llmasos.routing.cost import PRIOR, hop_cost
 from llmasos.routing.health import Health
-from llmasos.routing.planner import SPREAD, Hop, Route, plan, replan
+from llmasos.routing.market import SPREAD
+from llmasos.routing.planner import Hop, Route, plan, replan
 from llmasos.routing.records import PeerRecord, PeerState
 from llmasos.routing.request import RouteRequest
 from llmasos.routing.view import SwarmView

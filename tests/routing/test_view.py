@@ -34,12 +34,11 @@ def small_records(draw: st.DrawFn) -> PeerRecord:
 def contents(view: SwarmView) -> dict[str, Any]:
     """Everything that can be asked of a view, pools included."""
     offers = {
-        (model, checkpoint, numerics, offer.record.peer): (start, offer)
+        (model, checkpoint, numerics, start): ranked
         for model in view.models()
         for checkpoint in {Checkpoint(record.digest, record.model_blocks) for record in view.peers(model)}
         for numerics, pool in view.pools(model, checkpoint).items()
-        for start, group in pool.starts.items()
-        for offer in group.values()
+        for start, ranked in pool.starts.items()
     }
     return {"status": status(view, NOW), "offers": offers, "size": len(view)}
 
