@@ -5,6 +5,7 @@ are random too, so that a forgotten one cannot.
 """
 
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -193,9 +194,16 @@ def make_model(family: str, *, seed: int = 0, **overrides: Any) -> Any:
 
 
 def write_gguf(path: Path, model: Any, *, extra: dict[str, torch.Tensor] | None = None) -> Path:
-    """Write a llama model and a vocabulary of single letters as GGUF, queries and keys permuted as llama.cpp does."""
+    """Write a llama or qwen3_moe model and a small vocabulary as GGUF, in the form that llama.cpp gives them."""
     config = model.config
-    writer = gguf.GGUFWriter(str(path), "llama")
+    arch = {"llama": gguf.MODEL_ARCH.LLAMA, "qwen3_moe": gguf.MODEL_ARCH.QWEN3MOE}[config.model_type]
+    writer = gguf.GGUFWriter(str(path), gguf.MODEL_ARCH_NAMES[arch])
+    if arch == gguf.MODEL_ARCH.QWEN3MOE:
+        writer.add_expert_count(config.num_experts)
+        writer.add_expert_used_count(config.num_experts_per_tok)
+        writer.add_expert_feed_forward_length(config.moe_intermediate_size)
+        writer.add_key_length(config.head_dim)
+        writer.add_value_length(config.head_dim)
     writer.add_context_length(config.max_position_embeddings)
     writer.add_embedding_length(config.hidden_size)
     writer.add_block_count(config.num_hidden_layers)
@@ -211,16 +219,8 @@ def write_gguf(path: Path, model: Any, *, extra: dict[str, torch.Tensor] | None 
     writer.add_token_types([1] * config.vocab_size)
     writer.add_token_merges(["a b"])
     writer.add_eos_token_id(2)
-    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, config.num_hidden_layers)
-    heads = {"q_proj": config.num_attention_heads, "k_proj": config.num_key_value_heads}
-    for name, weight in model.state_dict().items():
-        if name == "lm_head.weight" and config.tie_word_embeddings:
-            continue
-        for projection, count in heads.items():
-            if projection in name:
-                weight = weight.view(count, 2, -1, weight.shape[1]).transpose(1, 2).reshape(weight.shape)
-        stem, _, suffix = name.rpartition(".")
-        writer.add_tensor(f"{names.get_name(stem)}.{suffix}", weight.contiguous().numpy())
+    for name, weight in _gguf_tensors(model, gguf.get_tensor_name_map(arch, config.num_hidden_layers)):
+        writer.add_tensor(name, weight.contiguous().numpy())
     for name, weight in (extra or {}).items():
         writer.add_tensor(name, weight.numpy())
     writer.write_header_to_file()
@@ -228,3 +228,24 @@ def write_gguf(path: Path, model: Any, *, extra: dict[str, torch.Tensor] | None 
     writer.write_tensors_to_file()
     writer.close()
     return path
+
+
+def _gguf_tensors(model: Any, names: gguf.TensorNameMap) -> Iterator[tuple[str, torch.Tensor]]:
+    """Of a llama model, queries and keys have their rows in another order; experts have gates and ups apart."""
+    config = model.config
+    heads = {"q_proj.weight": config.num_attention_heads, "k_proj.weight": config.num_key_value_heads}
+    for name, weight in model.state_dict().items():
+        stem, _, suffix = name.rpartition(".")
+        if suffix == "gate_up_proj":
+            for part, half in zip(("gate", "up"), weight.chunk(2, dim=1), strict=True):
+                yield f"{names.get_name(f'{stem}.{part}_proj')}.weight", half
+        elif suffix == "down_proj":
+            yield f"{names.get_name(name)}.weight", weight
+        elif config.model_type == "llama" and name.endswith(tuple(heads)):
+            count = next(count for projection, count in heads.items() if name.endswith(projection))
+            yield (
+                f"{names.get_name(stem)}.weight",
+                weight.view(count, 2, -1, weight.shape[1]).transpose(1, 2).reshape(weight.shape),
+            )
+        elif name != "lm_head.weight" or not config.tie_word_embeddings:
+            yield f"{names.get_name(stem)}.{suffix}", weight

@@ -57,7 +57,10 @@ class Checkpoint(Protocol):
         """Bytes of these tensors in the files. May fetch the files that hold them."""
 
     def state(self, model: Any, names: Iterable[str]) -> dict[str, Any]:
-        """These tensors under the names that transformers loads them by; read when they are indexed."""
+        """These tensors under the names that transformers loads them by; read when they are indexed.
+
+        After `names` was called with the whole model; here it may be cut already.
+        """
 
     def where(self) -> str:
         """The files, for messages."""

@@ -32,6 +32,7 @@ _STRING, _ARRAY = 8, 9
 _MAX_STRING_BYTES = 16 * 2**20
 _LONG_ARRAY = 64
 """Arrays of more elements are parts of a vocabulary, not of a config."""
+_VOCABULARY = {f"tokenizer.ggml.{part}" for part in ("tokens", "merges", "scores", "token_type")}
 
 
 @dataclass(slots=True)
@@ -61,7 +62,7 @@ class GgufFile:
         except (ValueError, struct.error, IndexError, UnicodeDecodeError) as error:
             raise CheckpointError(f"{path} is not a GGUF file, or its header is damaged: {error}") from error
         self._stored = dict(self._entries(size))
-        self._names: dict[str, str] | None = None
+        self._known: Mapping[str, str] = {}
 
     @property
     def stored(self) -> Mapping[str, Stored]:
@@ -130,11 +131,18 @@ class GgufFile:
     def names(self, model: Any) -> Mapping[str, str]:
         from transformers.modeling_gguf_pytorch_utils import get_gguf_hf_weights_map
 
-        if self._names is None:
-            with quiet():
-                known = get_gguf_hf_weights_map(_Shallow(model, 1), self._processor(model))
-            self._names = {name: known.get(name, name) for name in self._stored}
-        return self._names
+        with quiet():
+            known = get_gguf_hf_weights_map(_Shallow(model, 1), self._processor(model))
+        self._known = known
+        # Experts are listed without a suffix: their parameters in transformers have none.
+        found = {name: known.get(name) or known.get(name.removesuffix(".weight")) for name in self._stored}
+        lost = sorted(name for name, target in found.items() if target is None)
+        if lost:
+            raise UnsupportedModelError(
+                f"{self.path} holds {lost[0]}, for which transformers' {model.config.model_type} model has no place",
+                hint="use the safetensors checkpoint of the model",
+            )
+        return cast(Mapping[str, str], found)
 
     def nbytes(self, names: Iterable[str]) -> int:
         return sum(self._stored[name].nbytes for name in names)
@@ -150,7 +158,7 @@ class GgufFile:
 
     def state(self, model: Any, names: Iterable[str]) -> dict[str, Any]:
         """Tensors that several tensors of the file are merged into are read at once, the others when indexed."""
-        processor, mapping = self._processor(model), self.names(model)
+        processor, mapping = self._processor(model), self._known
         found: dict[str, Any] = {}
         for name in names:
             if _merges(name):
@@ -280,7 +288,7 @@ class _Walker:
 
 def _slim_copy(data: mmap.mmap, header: _Header) -> bytes:
     """The header without long arrays; every tensor keeps its name and shrinks to one number."""
-    kept = [span for key, span in header.raw.items() if not _is_long(header.values[key], key)]
+    kept = [span for key, span in header.raw.items() if key not in _VOCABULARY]
     parts = [struct.pack("<4sIQQ", b"GGUF", 3, len(header.tensors), len(kept))]
     parts += [data[begin:end] for begin, end in kept]
     for name, *_ in header.tensors:
@@ -288,7 +296,3 @@ def _slim_copy(data: mmap.mmap, header: _Header) -> bytes:
         parts.append(struct.pack("<Q", len(encoded)) + encoded + struct.pack("<IQIQ", 1, 1, 0, 0))
     body = b"".join(parts)
     return body + b"\0" * (-len(body) % 32 + 32)
-
-
-def _is_long(value: Any, key: str) -> bool:
-    return key.startswith("tokenizer.ggml.") and key.rpartition(".")[2] in ("tokens", "merges", "scores", "token_type")

@@ -113,7 +113,8 @@ class DecoderBlocks:
         hidden = torch.cat(rows).to(self.device, self.torch_dtype)[None]  # (1, rows, hidden)
         with PackedCache(PackedStep(slots)) as cache:
             out = self._run(span, hidden, torch.cat(positions)[None].to(self.device), cache)[0]
-        return [out[slot.start : slot.start + slot.tokens] for slot in slots]
+        # Copies: whoever keeps one session's rows must not keep the whole batch alive.
+        return [out[slot.start : slot.start + slot.tokens].clone() for slot in slots]
 
     def _run_alone(self, span: Span, chunks: list[BlockChunk]) -> list[torch.Tensor]:
         """One chunk, in the family's own way."""

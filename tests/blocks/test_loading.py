@@ -67,11 +67,21 @@ def test_sharded_and_unsharded_files_are_the_same_model(llama: Path, tmp_path: P
     assert resolve(str(sharded)).digest == resolve(str(llama)).digest
 
 
-def test_a_gguf_file_gives_what_its_source_gives(tmp_path: Path) -> None:
-    model = make_model("llama-tied", tie_word_embeddings=False)
+@pytest.mark.parametrize(
+    ("family", "changes"),
+    [
+        ("llama-tied", {"tie_word_embeddings": True}),
+        ("llama-tied", {"tie_word_embeddings": False}),
+        # transformers does not read the width of experts out of GGUF files and takes it to be 768
+        ("qwen3_moe", {"mlp_only_layers": [], "norm_topk_prob": True, "moe_intermediate_size": 768}),
+    ],
+    ids=["tied", "untied", "experts"],
+)
+def test_a_gguf_file_gives_what_its_source_gives(family: str, changes: dict[str, Any], tmp_path: Path) -> None:
+    model = make_model(family, **changes)
     spec = resolve(str(write_gguf(tmp_path / "tiny.gguf", model)))
     assert (spec.name, spec.blocks, spec.hidden_size, spec.context_tokens) == ("tiny", BLOCKS, HIDDEN, 120)
-    assert (spec.family, spec.vocab_size, spec.eos_token_ids) == ("llama", 97, (2,))
+    assert (spec.family, spec.vocab_size, spec.eos_token_ids) == (model.config.model_type, 97, (2,))
     ids = [5, 50, 96, 7, 8]
     ends, blocks = load_ends(spec), load_blocks(spec, Span(0, BLOCKS))
     (rows,) = blocks.forward([BlockChunk(blocks.new_cache(), blocks.span, 0, ends.embed(ids, 0))])
@@ -246,3 +256,10 @@ def test_rotary_scaling_that_transformers_does_not_read_from_gguf_is_refused(tmp
     file = write_gguf(tmp_path / "tiny.gguf", model, extra={"rope_freqs.weight": torch.ones(4)})
     with pytest.raises(UnsupportedModelError, match="scales its rotary embedding"):
         resolve(str(file))
+
+
+def test_a_gguf_tensor_without_a_place_is_refused_by_peers_too(tmp_path: Path) -> None:
+    model = make_model("llama-tied", tie_word_embeddings=False)
+    file = write_gguf(tmp_path / "tiny.gguf", model, extra={"blk.1.attn_q.bias": torch.ones(HIDDEN)})
+    with pytest.raises(UnsupportedModelError, match=r"holds blk.1.attn_q.bias, for which"):
+        load_blocks(resolve(str(file)), Span(0, 1))
