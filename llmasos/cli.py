@@ -17,6 +17,7 @@ from llmasos.errors import UsageError
 
 async def generate(args: Namespace) -> None:
     """Write a completion to stdout: piece by piece, or as one JSON object."""
+    prompt = _prompt(args.prompt)
     say(f"joining the swarm, loading the ends of {args.model}")
     from llmasos.client.async_client import AsyncLLMasOS
     from llmasos.client.generate import Generation
@@ -31,7 +32,7 @@ async def generate(args: Namespace) -> None:
     }
     async with AsyncLLMasOS(args.join) as client:
         result: Generation | None = None
-        async for piece in client.stream(_prompt(args.prompt), args.model, **options):
+        async for piece in client.stream(prompt, args.model, **options):
             if isinstance(piece, Generation):
                 result = piece
             elif not args.json:
@@ -48,6 +49,7 @@ async def generate(args: Namespace) -> None:
 
 async def status(args: Namespace) -> None:
     """What the swarm serves: a table, or one JSON object."""
+    say("joining the swarm", style="dim")
     from llmasos.p2p import P2PNetwork
     from llmasos.routing.directory import Directory
     from llmasos.routing.view import status as describe

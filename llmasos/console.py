@@ -18,7 +18,7 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeR
 
 from llmasos.errors import LLMasOSError, UsageError
 
-talk = Console(stderr=True, highlight=False, soft_wrap=True)
+talk = Console(stderr=True, highlight=False, soft_wrap=True, emoji=False)
 """Everything that is not data. Colours only on a terminal, and never with NO_COLOR."""
 
 QUIET_S = 2.0
