@@ -161,24 +161,24 @@ class Market:
                 rate_s = steps * step_s + prompt * row_s
                 if end <= at or (rate_s >= best_rate_s[end] and link_s + rate_s >= best_one_s[end]):
                     continue
-                # 2. Pass over who cannot serve, or is asked separately.
+                # 2. Draw as in `_bid`, and look again.
+                luck = 2.0 * draw()
+                believed = luck < 1.0
+                spread = 1.0 + SPREAD * (luck if believed else luck - 1.0)
+                if rate_s * spread >= best_rate_s[end] and (link_s + rate_s) * spread >= best_one_s[end]:
+                    continue
+                # 3. Pass over who cannot serve, or is asked separately.
                 room, expires_at, block_s, _, _, queue_s, residual_s, record = offer
                 if room < room_needed or expires_at <= now or peer in known:
                     continue
-                # 3. What it asks; doubt and spread as in `_bid`.
+                # 4. What it really asks.
                 rate_s += chunks * block_s
                 fixed_s = link_s + queue_s + steps * residual_s
-                luck = 2.0 * draw()
-                if luck >= 1.0:
-                    luck -= 1.0
-                    if fixed_s < typical_fixed_s:
-                        fixed_s = typical_fixed_s
-                    if rate_s < typical_rate_s:
-                        rate_s = typical_rate_s
-                spread = 1.0 + SPREAD * luck
+                if not believed:
+                    fixed_s, rate_s = max(fixed_s, typical_fixed_s), max(rate_s, typical_rate_s)
                 fixed_s *= spread
                 rate_s *= spread
-                # 4. Whoever is not beaten is heard.
+                # 5. Whoever is not beaten is heard.
                 if rate_s >= best_rate_s[end] and fixed_s + rate_s >= best_one_s[end]:
                     continue
                 bid = Bid(fixed_s, rate_s, end, spread, record)

@@ -37,16 +37,21 @@ class Trusting(Random):
         return super().random() / 2
 
 
-def cheapest_s(view: SwarmView, request: RouteRequest, start: int, end: int) -> float:
+def cheapest_s(view: SwarmView, request: RouteRequest, start: int, end: int, health: Health) -> float:
     """The cost of the best chain, by trying each peer on each range; infinite when there is none."""
+    seen = {
+        record.peer: health.observed(record.peer, NOW, since=record.announced_at)
+        for record, _ in view.leases(request.model)
+    }
     records = [
         record
         for record, expires_at in view.leases(request.model)
         if record.state is PeerState.ONLINE
         and expires_at > NOW
         and record.digest == request.digest
-        and record.kv_free_tokens >= request.kv_tokens
+        and record.kv_free_tokens - seen[record.peer].own_tokens >= request.kv_tokens
         and record.peer not in request.exclude
+        and (request.pin or not health.avoided_for(record.peer, NOW))
         and (not request.pin or record.peer in request.pin)
         and request.allows(record.dtype, record.quantization)
     ]
@@ -56,7 +61,8 @@ def cheapest_s(view: SwarmView, request: RouteRequest, start: int, end: int) -> 
         def from_block(at: int) -> float:
             return min(
                 (
-                    hop_cost(record, leave - at, request.work).total_s + (from_block(leave) if leave < end else 0.0)
+                    hop_cost(record, leave - at, request.work, seen[record.peer]).total_s
+                    + (from_block(leave) if leave < end else 0.0)
                     for record in usable
                     for leave in range(at + 1, end + 1)
                     if at in record.span and leave <= record.span.end
@@ -116,18 +122,26 @@ def requests(draw: st.DrawFn) -> RouteRequest:
     )
 
 
-@settings(max_examples=300)
-@given(small_swarms(), requests())
-def test_a_plan_is_the_cheapest_chain_or_there_is_none(view: SwarmView, request: RouteRequest) -> None:
-    assert request.end is not None
-    best_s = cheapest_s(view, request, request.start, request.end)
-    try:
-        route = plan(view, request, NOW, Exact())
-    except MissingBlocksError:
-        assert best_s == float("inf")
-        return
-    assert route.span == Span(request.start, request.end)
-    assert route.total_s == pytest.approx(best_s)
+@st.composite
+def healths(draw: st.DrawFn) -> Health:
+    health = Health()
+    for number in draw(st.lists(st.integers(0, 8), max_size=6)):
+        peer = f"peer{number}"
+        match draw(st.sampled_from(["rtt", "step", "failed", "opened"])):
+            case "rtt":
+                health.saw_rtt(peer, draw(st.floats(0, 0.3)), NOW)
+            case "step":
+                health.saw_step(peer, 3, draw(st.floats(1e-4, 1)), NOW)
+            case "failed":
+                health.failed(peer, NOW - draw(st.sampled_from([0.5, 5.0])))
+            case "opened":
+                health.opened(peer, draw(st.integers(1, 200)), NOW)
+    return health
+
+
+def assert_is_a_route(route: Route, view: SwarmView, request: RouteRequest) -> None:
+    assert route.span.start == request.start
+    assert route.span.end == request.end
     for hop in route.hops:
         record = view.record(hop.peer, request.model)
         assert record is not None
@@ -138,15 +152,60 @@ def test_a_plan_is_the_cheapest_chain_or_there_is_none(view: SwarmView, request:
         assert len({(hop.dtype, hop.quantization) for hop in route.hops}) == 1
 
 
-@given(small_swarms(), requests(), st.integers(0, 2**32))
-def test_chance_makes_no_route_dearer_than_the_spread(view: SwarmView, request: RouteRequest, seed: int) -> None:
+@settings(max_examples=300)
+@given(small_swarms(), requests(), healths())
+def test_a_plan_is_the_cheapest_chain_or_there_is_none(view: SwarmView, request: RouteRequest, health: Health) -> None:
+    assert request.end is not None
+    best_s = cheapest_s(view, request, request.start, request.end, health)
+    try:
+        route = plan(view, request, NOW, Exact(), health)
+    except MissingBlocksError:
+        assert best_s == float("inf")
+        return
+    assert_is_a_route(route, view, request)
+    assert route.total_s == pytest.approx(best_s)
+
+
+@given(small_swarms(), requests(), healths(), st.integers(0, 2**32))
+def test_chance_makes_no_route_dearer_than_the_spread(
+    view: SwarmView, request: RouteRequest, health: Health, seed: int
+) -> None:
     assert request.end is not None
     try:
-        route = plan(view, request, NOW, Trusting(seed))
+        route = plan(view, request, NOW, Trusting(seed), health)
     except MissingBlocksError:
         return
-    best_s = cheapest_s(view, request, request.start, request.end)
+    assert_is_a_route(route, view, request)
+    best_s = cheapest_s(view, request, request.start, request.end, health)
     assert best_s * 0.999 <= route.total_s <= best_s * (1 + SPREAD) * 1.001
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_in_a_crowd_the_cheapest_chain_is_found_as_well(seed: int) -> None:
+    """Enough peers that most are passed over at a glance."""
+    rng, view, health = Random(seed), SwarmView(), Health()
+    for number in range(200):
+        start = rng.randrange(16)
+        block_seconds = rng.lognormvariate(-7, 1)
+        record = a_record(
+            f"peer{number}",
+            model_blocks=16,
+            span=Span(start, rng.randint(start + 1, 16)),
+            block_seconds=block_seconds,
+            row_seconds=block_seconds * rng.uniform(0.02, 0.9),
+            active_sessions=rng.choice([0, 0, 1, 5]),
+            queued_tokens=rng.choice([0, 0, 300]),
+            kv_free_tokens=rng.randrange(1_000),
+        )
+        view.add(record)
+        if number % 9 == 0:
+            health.saw_step(record.peer, 4, rng.uniform(0.0001, 0.01), NOW)
+    request = a_request(end=16, start=seed % 3)
+    best_s = cheapest_s(view, request, seed % 3, 16, health)
+    assert plan(view, request, NOW, Exact(), health).total_s == pytest.approx(best_s)
+    spread = plan(view, request, NOW, Trusting(seed), health)
+    assert_is_a_route(spread, view, request)
+    assert spread.total_s <= best_s * (1 + SPREAD) * 1.001
 
 
 @given(small_swarms(), requests(), st.integers(0, 2**32))
