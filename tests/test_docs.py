@@ -116,6 +116,17 @@ def test_snippets_compile(snippet: str) -> None:
     compile(snippet, "snippet", "exec")
 
 
+EXAMPLES = sorted((ROOT / "examples").glob("*.py"))
+
+
+@pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.name)
+def test_examples_are_short_say_how_to_run_them_and_are_run(path: Path) -> None:
+    text = path.read_text(encoding="utf-8")
+    assert len(text.splitlines()) < 40
+    assert f"python examples/{path.name}" in text
+    assert f"examples/{path.name}" in (ROOT / "tests" / "test_examples.py").read_text(encoding="utf-8")
+
+
 def test_the_readme_has_the_snippet_that_users_paste() -> None:
     assert any(name.startswith("README.md") and "generate_text(" in body for name, body in python_snippets())
 
