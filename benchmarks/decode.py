@@ -103,9 +103,8 @@ def report(speeds: dict[str, list[float]], prompt_tokens: int, new_tokens: int, 
     def ratio(a: str, b: str) -> float:
         return statistics.median(x / y for x, y in zip(speeds[a], speeds[b], strict=True))
 
-    print(
-        f"smollm2, float32, batch 1, {prompt_tokens}-token prompt, {new_tokens} new tokens, {len(speeds['1 peer'])} rounds"
-    )
+    rounds = len(speeds["1 peer"])
+    print(f"smollm2, float32, batch 1, {prompt_tokens}-token prompt, {new_tokens} new tokens, {rounds} rounds")
     for name, values in speeds.items():
         print(f"  {name:<13} {statistics.median(values):6.1f} tokens/s   ({min(values):.1f} - {max(values):.1f})")
     print(f"  1 peer / transformers   {ratio('1 peer', 'transformers'):.2f}x")

@@ -22,6 +22,7 @@ from llmasos.p2p import P2PNetwork
 from llmasos.routing.directory import Directory
 from llmasos.routing.planner import RouteRequest
 from llmasos.routing.view import status
+from llmasos.wire import ITEM_BYTES
 
 DEFAULT_MODEL = "smollm2"
 
@@ -251,6 +252,7 @@ class AsyncLLMasOS:
             prompt_tokens=max(kv_tokens - new_tokens, 1),
             new_tokens=new_tokens,
             kv_tokens=kv_tokens,
+            row_bytes=spec.hidden_size * ITEM_BYTES[self._config.dtype],
             dtype=self._config.dtype,
             quantization=self._config.quantization,
         )

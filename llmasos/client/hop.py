@@ -46,7 +46,8 @@ class HopLink:
         self.cut_off = False  # it said so, and we have not looked into it yet
         self.lost: PeerError | None = None
         self.ticket: Ticket | None = None  # tells the router that we are there
-        self.pong = asyncio.Event()
+        self._pong = asyncio.Event()
+        self._pinged_at = 0.0
         self._stream: Stream | None = None
 
     @property
@@ -81,13 +82,23 @@ class HopLink:
         except FrameError as error:
             raise PeerFaultError(self.plan.peer, f"sent a bad frame: {error}") from error
 
+    async def send_ping(self) -> None:
+        """Renew the lease, and measure the way there and back."""
+        self._pinged_at = asyncio.get_running_loop().time()
+        await self.send(Ping())
+
+    def hear_pong(self) -> float:
+        """The round trip in seconds; called by whoever listens to the hop."""
+        self._pong.set()
+        return asyncio.get_running_loop().time() - self._pinged_at
+
     async def ping(self) -> None:
-        """Wait for a sign of life; whoever listens to the hop sets `pong`."""
-        self.pong.clear()
+        """Wait for a sign of life."""
+        self._pong.clear()
         try:
             async with asyncio.timeout(PONG_TIMEOUT_S):
-                await self.send(Ping())
-                await self.pong.wait()
+                await self.send_ping()
+                await self._pong.wait()
         except TimeoutError:
             raise PeerTimeoutError(self.plan.peer, "is silent") from None
 

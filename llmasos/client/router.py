@@ -5,6 +5,7 @@ import logging
 import random
 from collections.abc import Sequence
 from dataclasses import replace
+from statistics import fmean
 
 from llmasos.config import ClientConfig
 from llmasos.errors import LLMasOSError, MissingBlocksError, PeerRefusedError
@@ -18,6 +19,9 @@ log = logging.getLogger(__name__)
 
 RETRY_EVERY_S = 1.0
 """How often the registry is asked for blocks that are missing: a new peer is announced within milliseconds."""
+
+MAX_SHORT_WAIT_S = 2.0
+"""A peer that failed once is avoided for a second; when only it has the blocks, that is waited for."""
 
 
 class Router:
@@ -50,10 +54,24 @@ class Router:
                 if max_age_s > 0:
                     max_age_s = 0.0  # the view may be stale: look again before giving up
                     continue
-                if loop.time() >= deadline:
+                avoided_s = self._shortest_avoidance_s(request.model)
+                if loop.time() >= deadline and not 0 < avoided_s <= MAX_SHORT_WAIT_S:
                     raise
                 log.warning("%s; waiting for a peer that serves them", error.message)
-                await asyncio.sleep(RETRY_EVERY_S)
+                await asyncio.sleep(min(avoided_s, RETRY_EVERY_S) if avoided_s else RETRY_EVERY_S)
+
+    def saw_rtt(self, peer: str, seconds: float) -> None:
+        """A ping came back."""
+        self.health.saw_rtt(peer, seconds, self._network.now())
+
+    def saw_step(self, hops: Sequence[tuple[str, int]], seconds: float) -> None:
+        """One row went through all hops, (peer, blocks) each, and came back. The links between them are not
+        measured: each counts like the mean of ours.
+        """
+        now = self._network.now()
+        rtts = [self.health.observed(peer, now).rtt_s for peer, _ in hops]
+        links_s = (rtts[0] + rtts[-1]) / 2 + (len(hops) - 1) * fmean(rtts) / 2
+        self.health.saw_route(hops, max(seconds - links_s, 0.0), now)
 
     def opened(self, peer: str, tokens: int) -> Ticket:
         """A session begins on a peer; its record cannot show it yet."""
@@ -71,6 +89,12 @@ class Router:
             self.health.refused(peer, error.retry_after_s, self._network.now())
         else:
             self.health.failed(peer, self._network.now())
+
+    def _shortest_avoidance_s(self, model: str) -> float:
+        """Until the first peer that has failed us may be tried again; zero when we avoid none."""
+        now = self._network.now()
+        waits = (self.health.avoided_for(record.peer, now) for record in self.directory.view.peers(model))
+        return min((wait for wait in waits if wait > 0), default=0.0)
 
     def _plan(self, request: RouteRequest, span: Span) -> Route:
         part = replace(request, start=span.start, end=span.end)

@@ -30,7 +30,7 @@ from llmasos.network import Network
 from llmasos.routing.planner import Route, RouteRequest
 from llmasos.span import Span, gaps
 from llmasos.tasks import TaskSet
-from llmasos.wire import AnyMessage, Failed, Open, Ping, Pong, Replay, Reroute, Result, Step, Tensor, join_rows
+from llmasos.wire import AnyMessage, Failed, Open, Pong, Replay, Reroute, Result, Step, Tensor, join_rows
 
 log = logging.getLogger(__name__)
 
@@ -125,7 +125,9 @@ class Session:
     async def _advance(self, keep: int, kept: list[Tensor]) -> None:
         """Send all that is not answered, every chunk at once so that all hops have work; take answers in order."""
         await self._mend()
-        end = self._inputs.length
+        loop = asyncio.get_running_loop()
+        begin, end = loop.time(), self._inputs.length
+        decoding = end - self._answered == 1
         steps: list[tuple[int, int]] = []  # number, and the position behind it
         for position, rows in self._inputs.chunks(self._answered, end, self._config.prompt_chunk_tokens):
             behind = position + rows.tokens
@@ -136,6 +138,8 @@ class Session:
             if answer.tokens:
                 kept.append(answer)
             self._answered = behind
+        if decoding:
+            self._router.saw_step([(hop.plan.peer, len(hop.plan.span)) for hop in self._hops], loop.time() - begin)
 
     async def _send_step(self, position: int, rows: Tensor, keep: int, replay: int = 0) -> int:
         number = next(self._steps)
@@ -252,6 +256,7 @@ class Session:
         )
         try:
             await hop.open(self._network, request, self._config.open_timeout_s)
+            await hop.send_ping()
         except PeerError as error:
             self._lose(hop, error)
         else:
@@ -306,7 +311,7 @@ class Session:
     async def _hear(self, hop: HopLink, message: AnyMessage) -> None:
         match message:
             case Pong():
-                hop.pong.set()
+                self._router.saw_rtt(hop.plan.peer, hop.hear_pong())
             case Result():
                 flight = self._in_flight.get(message.step)
                 if flight is None or flight.answer.done():
@@ -376,7 +381,7 @@ class Session:
             await asyncio.sleep(PING_EVERY_S)
             for hop in [hop for hop in self._hops if hop.ticket is not None and hop.lost is None]:
                 try:
-                    await hop.send(Ping())
+                    await hop.send_ping()
                 except PeerError as error:
                     self._lose(hop, error)
 
