@@ -3,7 +3,7 @@
 import asyncio
 import logging
 import random
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from statistics import fmean
 
@@ -13,6 +13,7 @@ from llmasos.network import Network
 from llmasos.routing.directory import Directory
 from llmasos.routing.health import Health, Ticket
 from llmasos.routing.planner import Hop, Route, RouteRequest, plan
+from llmasos.routing.view import SwarmView
 from llmasos.span import Span
 
 log = logging.getLogger(__name__)
@@ -24,15 +25,28 @@ MAX_SHORT_WAIT_S = 2.0
 """A peer that failed once is avoided for a second; when only it has the blocks, that is waited for."""
 
 
+Policy = Callable[[SwarmView, RouteRequest, float, random.Random, Health], Route]
+"""How a route is chosen. `planner.plan` is ours; the simulator compares it with others."""
+
+
 class Router:
     """Plans for all sessions of one process, so that they spread and learn from each other's failures."""
 
-    def __init__(self, network: Network, directory: Directory, config: ClientConfig, rng: random.Random) -> None:
+    def __init__(
+        self,
+        network: Network,
+        directory: Directory,
+        config: ClientConfig,
+        rng: random.Random,
+        *,
+        policy: Policy = plan,
+    ) -> None:
         self.directory = directory
         self.health = Health()
         self._network = network
         self._config = config
         self._rng = rng
+        self._policy = policy
 
     def new_session_id(self) -> str:
         """A name that nobody can guess: who knows it may be taken for the session's previous hop."""
@@ -98,4 +112,4 @@ class Router:
 
     def _plan(self, request: RouteRequest, span: Span) -> Route:
         part = replace(request, start=span.start, end=span.end)
-        return plan(self.directory.view, part, self._network.now(), self._rng, self.health)
+        return self._policy(self.directory.view, part, self._network.now(), self._rng, self.health)
