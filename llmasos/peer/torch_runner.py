@@ -12,11 +12,13 @@ from concurrent.futures import ThreadPoolExecutor
 
 import torch
 
+from llmasos.blocks.anatomy import MISFITS
 from llmasos.blocks.devices import DTYPES
 from llmasos.blocks.kv_cache import SessionCache
 from llmasos.blocks.layers import BlockChunk, DecoderBlocks
 from llmasos.blocks.tensors import from_torch, to_torch, wire_dtype
 from llmasos.config import DType
+from llmasos.errors import LLMasOSError, UsageError
 from llmasos.peer.runner import Chunk, Fault, Speed
 from llmasos.span import Span
 from llmasos.wire import Tensor
@@ -118,9 +120,9 @@ class TorchRunner:
             return []
         try:
             outputs = self._blocks.forward(chunks)
-        except (RuntimeError, ValueError, IndexError) as error:
+        except (LLMasOSError, *MISFITS) as error:
             if len(chunks) == 1:
-                return [Fault(f"the blocks failed: {error}", sender=False)]
+                return [Fault(f"the blocks failed: {error}", sender=isinstance(error, UsageError))]
             for chunk in chunks:
                 chunk.cache.truncate(chunk.position)
             return [self._forward([chunk])[0] for chunk in chunks]
