@@ -24,7 +24,7 @@ from llmasos.errors import ConnectionLostError, LLMasOSError, UsageError
 from llmasos.identity import Identity
 from llmasos.network import PeerId
 from llmasos.p2p_hivemind import P2P, Multiaddr, PeerID, p2pd_path, p2pd_pb2
-from llmasos.p2p_stream import FrameStream
+from llmasos.p2p_stream import OPEN, FrameStream
 from llmasos.tasks import TaskSet
 
 logger = logging.getLogger(__name__)
@@ -202,6 +202,7 @@ class Daemon:
         opening = p2pd_pb2.StreamOpenRequest(peer=PeerID.from_base58(peer).to_bytes(), proto=[protocol])
         stream, _ = await self._exchange(p2pd_pb2.Request(type=p2pd_pb2.Request.STREAM_OPEN, streamOpen=opening))
         stream.peer, stream.protocol = peer, protocol
+        stream.write_raw(OPEN)
         return stream
 
     def _accept(self) -> FrameStream:

@@ -1,7 +1,10 @@
 """Frames on a byte stream: `Stream` of `llmasos.network` over one socket to the p2p daemon.
 
-    stream = hello frame* END          hello = varint length, protobuf (who is there; from the daemon)
-    frame  = u32 length, bytes         END   = ff ff ff ff
+    stream = hello OPEN? frame* END    hello = varint length, protobuf (who is there; from the daemon)
+    frame  = u32 length, bytes         OPEN  = ff ff ff fe    END = ff ff ff ff
+
+libp2p tells the other side of a new stream only when something is written to it (measured): who opens a stream writes
+OPEN at once, or a handler that speaks first would never be called.
 
 A libp2p stream that is closed while the other side still writes is reset, and what was under way in either direction
 may be lost (measured). So a close is said in band: after END nothing more is sent, what still comes in is thrown
@@ -19,7 +22,8 @@ from llmasos.errors import ConnectionLostError, UsageError
 from llmasos.network import PeerId
 
 LENGTH_BYTES = 4
-END = b"\xff" * LENGTH_BYTES
+OPEN = b"\xff\xff\xff\xfe"
+END = b"\xff\xff\xff\xff"
 LINGER_S = 3.0
 READ_AHEAD_BYTES = 2**20
 MAX_HELLO_BYTES = 2**16
@@ -85,7 +89,7 @@ class FrameStream(asyncio.Protocol):
     # --- the machinery ---
 
     def write_raw(self, data: bytes) -> None:
-        """Bytes outside of any frame: a request to the daemon, before its hello."""
+        """Bytes outside of any frame: a request to the daemon before its hello, and OPEN after it."""
         assert self._transport is not None
         self._transport.write(data)
 
@@ -192,6 +196,9 @@ class FrameStream(asyncio.Protocol):
         buffer = self._buffer
         if len(buffer) < LENGTH_BYTES:
             return False
+        if buffer.startswith(OPEN):
+            del buffer[:LENGTH_BYTES]
+            return True
         if buffer.startswith(END):
             buffer.clear()
             self._end("the stream ended")

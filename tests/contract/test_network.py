@@ -410,6 +410,22 @@ def test_a_stream_ends_when_its_handler_returns(play: Play) -> None:
     play(scenario)
 
 
+def test_a_handler_may_speak_first(play: Play) -> None:
+    async def scenario(world: World) -> None:
+        async def greet(stream: Stream) -> None:
+            await stream.send(b"welcome")
+
+        world.b.serve(world.protocol, greet)
+        for _ in range(5):
+            stream = await world.a.connect(world.b.contact, world.protocol)
+            async with asyncio.timeout(2):
+                assert await stream.receive() == b"welcome"
+            await stream.close()
+            await asyncio.sleep(0.05)  # libp2p peers learn what each other serves, and then open streams lazily
+
+    play(scenario)
+
+
 def test_many_streams_between_two_peers_are_independent(play: Play) -> None:
     async def scenario(world: World) -> None:
         world.b.serve(world.protocol, echo)
@@ -435,6 +451,9 @@ def test_one_peer_cannot_take_all_streams(play: Play, monkeypatch: pytest.Monkey
     async def scenario(world: World) -> None:
         world.b.serve(world.protocol, echo)
         streams = [await world.a.connect(world.b.contact, world.protocol) for _ in range(5)]
+        for stream in streams:  # streams opened one after the other may arrive in any order
+            await stream.send(b"x")
+            assert await stream.receive() == b"x"
         crowded = await world.a.connect(world.b.contact, world.protocol)
         with pytest.raises(ConnectionLostError):
             await crowded.receive()
