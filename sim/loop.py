@@ -8,13 +8,17 @@ with nothing to do and no timer set would wait for ever: that is a deadlock, and
 import asyncio
 import contextvars
 import heapq
-import math
+from collections import deque
 from collections.abc import Callable, Coroutine
 from itertools import count
 from typing import Any, TypeVar, TypeVarTuple, Unpack
 
 T = TypeVar("T")
 Ts = TypeVarTuple("Ts")
+
+
+MANY_TIMERS = 100
+"""Cancelled timers beyond which the heap is swept: almost every frame sets a deadline and cancels it again."""
 
 
 class DeadlockError(RuntimeError):
@@ -27,29 +31,22 @@ def run(main: Coroutine[Any, Any, T], *, start: float = 0.0) -> T:
         return runner.run(main)
 
 
-class _Timer(asyncio.TimerHandle):
-    """A timer handle that orders ties by age; a heap alone would not."""
-
-    __slots__ = ("order",)
-    order: int
-
-    def __lt__(self, other: object) -> bool:
-        if not isinstance(other, _Timer):
-            return NotImplemented
-        return (self.when(), self.order) < (other.when(), other.order)
-
-
 class VirtualLoop(asyncio.BaseEventLoop):
-    """See the module. Relies on five private names of `BaseEventLoop`, the same in Python 3.11 to 3.13."""
+    """See the module. Replaces the turn of `BaseEventLoop` and its heap of timers, which Python 3.11 to 3.13 share.
 
-    _scheduled: list[_Timer]
-    _selector: "VirtualLoop"
+    Timers stand in the heap as (when, age, handle): compared in C, and those of one moment by age.
+    """
+
+    _ready: "deque[asyncio.Handle]"
+    _stopping: bool
 
     def __init__(self, start: float = 0.0) -> None:
         super().__init__()
         self._now = start
         self._ages = count()
-        self._selector = self  # asked for events before each turn: here time moves instead
+        self._timers: list[tuple[float, int, asyncio.TimerHandle]] = []
+        self._cancelled_timers = 0
+        self.turns = 0
 
     def time(self) -> float:
         """Virtual seconds."""
@@ -64,38 +61,61 @@ class VirtualLoop(asyncio.BaseEventLoop):
     ) -> asyncio.TimerHandle:
         """Run `callback` when the clock reaches `when`, after every callback set earlier for the same moment."""
         self._check_closed()  # type: ignore[attr-defined]
-        timer = _Timer(when, callback, args, self, context)
-        timer.order = next(self._ages)
-        heapq.heappush(self._scheduled, timer)
+        timer = asyncio.TimerHandle(when, callback, args, self, context)
+        heapq.heappush(self._timers, (when, next(self._ages), timer))
         timer._scheduled = True  # type: ignore[attr-defined]
         return timer
 
-    def select(self, timeout: float | None) -> list[Any]:
-        """Called by the base class when it has run out of ready callbacks (then `timeout` is not 0)."""
-        if timeout is None:
-            raise DeadlockError(f"at {self._now:.6f} s nothing is ready and no timer is set\n{self._waiting()}")
-        if timeout > 0:
-            self._now = self._scheduled[0].when()
-            # the base class runs what is due *before* now + resolution; after months of seconds 1 ns adds nothing
-            self._clock_resolution = max(1e-9, math.ulp(self._now))
-        return []
+    def close(self) -> None:
+        """Drop what is still set."""
+        super().close()
+        self._timers.clear()
 
-    def _waiting(self) -> str:
+    def waiting(self) -> str:
+        """Every task that is not done and the calls that it is in, one a line."""
         tasks = sorted(asyncio.all_tasks(self), key=lambda task: task.get_name())
-        return "\n".join(f"  {task.get_name()} waits in {_where(task)}" for task in tasks)
+        return "\n".join(f"  {task.get_name()} waits in {where(task)}" for task in tasks)
+
+    def _run_once(self) -> None:
+        """One turn: move time if nothing is ready, then run what is ready now, not what that makes ready."""
+        ready, timers = self._ready, self._timers
+        self.turns += 1
+        if self._cancelled_timers > MANY_TIMERS and self._cancelled_timers > len(timers) // 2:
+            timers[:] = [entry for entry in timers if not entry[2].cancelled()]
+            heapq.heapify(timers)
+            self._cancelled_timers = 0
+        if not ready and not self._stopping:
+            while timers and timers[0][2].cancelled():
+                heapq.heappop(timers)
+                self._cancelled_timers -= 1
+            if not timers:
+                raise DeadlockError(f"at {self._now:.6f} s nothing is ready and no timer is set\n{self.waiting()}")
+            self._now = max(self._now, timers[0][0])
+        while timers and timers[0][0] <= self._now:
+            _, _, timer = heapq.heappop(timers)
+            timer._scheduled = False  # type: ignore[attr-defined]
+            if timer.cancelled():
+                self._cancelled_timers -= 1
+            else:
+                ready.append(timer)
+        for _ in range(len(ready)):
+            handle = ready.popleft()
+            if not handle.cancelled():
+                handle._run()
+
+    def _timer_handle_cancelled(self, handle: asyncio.TimerHandle) -> None:
+        if handle._scheduled:  # type: ignore[attr-defined]
+            self._cancelled_timers += 1
 
     def run_in_executor(self, executor: Any, func: Callable[[Unpack[Ts]], T], *args: *Ts) -> "asyncio.Future[T]":
         """Refused: what a thread does takes real time, and its end could not be replayed."""
         raise RuntimeError("no threads in virtual time: hand the work to the simulated Runner")
 
-    def _process_events(self, event_list: list[Any]) -> None:
-        """There are no events but timers."""
-
     def _write_to_self(self) -> None:
         """Wakes a sleeping selector; ours never sleeps. (Ctrl-C calls this.)"""
 
 
-def _where(task: asyncio.Task[Any]) -> str:
+def where(task: asyncio.Task[Any]) -> str:
     """The calls that a suspended task is in, outermost first."""
     calls = []
     awaited: Any = task.get_coro()

@@ -13,37 +13,21 @@ import logging
 import random
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
 from types import TracebackType
 from typing import Self
 
-from llmasos.config import CONNECT_TIMEOUT_S, LOOKUP_TIMEOUT_S, MAX_FRAME_BYTES, MAX_STREAMS_PER_PEER
-from llmasos.errors import ConnectionLostError, SwarmUnreachableError, UsageError
+from llmasos.config import CONNECT_TIMEOUT_S, LOOKUP_TIMEOUT_S, MAX_STREAMS_PER_PEER
+from llmasos.errors import ConnectionLostError, SwarmUnreachableError
 from llmasos.identity import peer_id_of
 from llmasos.multiaddr import parse_multiaddr
 from llmasos.network import Handler, PeerId, Published, Stream, check_publication, run_handler
 from llmasos.tasks import TaskSet
 from llmasos.wire import Contact
+from sim.stream import KEEPALIVE_S, LAN, LOOPBACK, Link, SimStream, Wire
 
 logger = logging.getLogger(__name__)
 
-WINDOW_BYTES = 1_100_000
-"""What fits between a sender and a receiver that does not read (measured through two p2p daemons)."""
-KEEPALIVE_S = 40.0
-"""After this long without an answer the transport itself gives a connection up (yamux, measured 39.6 s)."""
-
-
-@dataclass(frozen=True, slots=True)
-class Link:
-    """One direction between two peers. `jitter` is the largest random addition, as a share of the latency."""
-
-    latency_s: float = 0.001
-    bytes_per_s: float = 125e6
-    jitter: float = 0.0
-
-
-LAN = Link()
-LOOPBACK = Link(latency_s=0.0, bytes_per_s=1e9)
+__all__ = ["KEEPALIVE_S", "LAN", "LOOPBACK", "Link", "SimNetwork", "SimRegistry", "SimStream", "SimSwarm"]
 
 
 class SimSwarm:
@@ -62,8 +46,9 @@ class SimSwarm:
         self.registry = SimRegistry(stale_s)
         self.lookup_s = lookup_s
         self.members: dict[PeerId, SimNetwork] = {}
+        self.trace = Trace()
         self._links = links
-        self._wires: dict[tuple[PeerId, PeerId], _Wire] = {}
+        self._wires: dict[tuple[PeerId, PeerId], Wire] = {}
         self._hung: dict[PeerId, None] = {}
         self._cut: dict[tuple[PeerId, PeerId], float | None] = {}
 
@@ -83,10 +68,12 @@ class SimSwarm:
 
     def kill(self, peer: PeerId) -> None:
         """The process dies: its streams end for the others one latency later, as a kernel would tell them."""
+        self.trace.note(asyncio.get_running_loop().time(), self.members[peer].number, 0, KILLED)
         self.members[peer].die("this process was killed")
 
     def hang(self, peer: PeerId) -> None:
         """Silence: nothing to or from the peer arrives, and nobody is told; until `heal`."""
+        self.trace.note(asyncio.get_running_loop().time(), self.members[peer].number, 0, HUNG)
         self._hung[peer] = None
         self._expect_silence(self.members[peer].streams)
 
@@ -124,12 +111,12 @@ class SimSwarm:
     def is_hung(self, peer: PeerId) -> bool:
         return peer in self._hung
 
-    def wire(self, source: PeerId, target: PeerId) -> "_Wire":
+    def wire(self, source: PeerId, target: PeerId) -> "Wire":
         """The one wire that all streams in this direction share."""
         wire = self._wires.get((source, target))
         if wire is None:
             link = LOOPBACK if source == target else self._links(source, target)
-            wire = self._wires[source, target] = _Wire(link, self.rng)
+            wire = self._wires[source, target] = Wire(link, self.rng)
         return wire
 
     def _expect_silence(self, streams: Iterable["SimStream"]) -> None:
@@ -146,177 +133,6 @@ def _pair(a: PeerId, b: PeerId) -> tuple[PeerId, PeerId]:
     return (a, b) if a <= b else (b, a)
 
 
-class _Wire:
-    """Latency, jitter, and one frame after the other at the link's rate."""
-
-    __slots__ = ("free_at", "link", "rng")
-
-    def __init__(self, link: Link, rng: random.Random) -> None:
-        self.link = link
-        self.rng = rng
-        self.free_at = 0.0
-
-    def delay_s(self) -> float:
-        link = self.link
-        return link.latency_s * (1.0 + link.jitter * self.rng.random()) if link.jitter else link.latency_s
-
-    def arrival(self, now: float, size_bytes: int) -> float:
-        """When something handed over now is all there."""
-        self.free_at = max(now, self.free_at) + size_bytes / self.link.bytes_per_s
-        return self.free_at + self.delay_s()
-
-
-class SimStream:
-    """One end of a stream; `other` is the far end. Frames that are under way to this end wait in `_in_flight`."""
-
-    __slots__ = (
-        "_arrived",
-        "_ended",
-        "_held_bytes",
-        "_in_flight",
-        "_reader",
-        "_timer",
-        "_wire",
-        "_writers",
-        "inbound",
-        "other",
-        "owner",
-        "peer",
-    )
-    other: "SimStream"
-
-    def __init__(self, owner: "SimNetwork", peer: PeerId, *, inbound: bool) -> None:
-        self.owner = owner
-        self.peer = peer
-        self.inbound = inbound
-        self._wire = owner.swarm.wire(owner.peer_id, peer)
-        self._in_flight: deque[tuple[float, bytes | None]] = deque()  # (arrival, frame), None at the end
-        self._arrived: deque[bytes] = deque()
-        self._held_bytes = 0  # sent to this end and not yet read
-        self._ended: str | None = None  # why, once nothing more can be sent; what has arrived can still be read
-        self._reader: asyncio.Future[None] | None = None
-        self._writers: deque[asyncio.Future[None]] = deque()
-        self._timer: asyncio.TimerHandle | None = None
-        owner.streams[self] = None
-
-    # --- the contract ---
-
-    async def send(self, frame: bytes) -> None:
-        if len(frame) > MAX_FRAME_BYTES:
-            raise UsageError(f"a frame of {len(frame)} bytes is over the limit of {MAX_FRAME_BYTES}")
-        if self._ended is not None:
-            raise ConnectionLostError(self.peer, self._ended)
-        while self.other._held_bytes > WINDOW_BYTES:
-            waiter = asyncio.get_running_loop().create_future()
-            self._writers.append(waiter)
-            await waiter
-            if self._ended is not None:
-                raise ConnectionLostError(self.peer, self._ended)
-        self._push(bytes(frame))
-
-    async def receive(self) -> bytes:
-        while not self._arrived:
-            if self._ended is not None:
-                raise ConnectionLostError(self.peer, self._ended)
-            if self._reader is not None:
-                raise RuntimeError("two tasks receive on one stream")
-            self._reader = asyncio.get_running_loop().create_future()
-            try:
-                await self._reader
-            finally:
-                self._reader = None
-        frame = self._arrived.popleft()
-        self._release(len(frame))
-        return frame
-
-    async def close(self) -> None:
-        self.shut("this end was closed")
-
-    # --- the machinery ---
-
-    def shut(self, reason: str) -> None:
-        """End both directions here; the other side sees it when all that is in flight has arrived."""
-        if self._ended is None:
-            self._end(reason)
-            if self.other._ended is None:
-                self._push(None)
-        self._arrived.clear()
-        self._in_flight.clear()
-        self._release(self._held_bytes)
-
-    def resume(self) -> None:
-        """Deliver what a hang or a partition held back, in both directions."""
-        self._deliver()
-        self.other._deliver()
-
-    def give_up_if_silent(self) -> None:
-        """The transport's keep-alive has had no answer."""
-        if not self.owner.swarm.reachable(self.owner.peer_id, self.peer):
-            for end in (self, self.other):
-                end._in_flight.clear()
-                end._end("the connection timed out")
-
-    def _push(self, frame: bytes | None) -> None:
-        """Put a frame, or the end, on its way to the other side; never before what went before it."""
-        now = asyncio.get_running_loop().time()
-        other = self.other
-        size = 0 if frame is None else len(frame)
-        arrival = self._wire.arrival(now, size)
-        if other._ended is not None:  # it has closed, and we do not know that yet: it takes in no more than its window
-            other._held_bytes += size
-            return
-        if other._in_flight:
-            arrival = max(arrival, other._in_flight[-1][0])
-        other._in_flight.append((arrival, frame))
-        other._held_bytes += size
-        if other._timer is None:
-            other._schedule()
-
-    def _schedule(self) -> None:
-        loop = asyncio.get_running_loop()
-        self._timer = loop.call_at(max(loop.time(), self._in_flight[0][0]), self._deliver)
-
-    def _deliver(self) -> None:
-        """Take in every frame that is due; set the timer for the next."""
-        if self._timer is not None:
-            self._timer.cancel()
-            self._timer = None
-        if not self.owner.swarm.reachable(self.owner.peer_id, self.peer):
-            return  # held back; `resume` comes here again
-        now = asyncio.get_running_loop().time()
-        while self._in_flight and self._in_flight[0][0] <= now:
-            frame = self._in_flight.popleft()[1]
-            if frame is None:
-                self._in_flight.clear()
-                self._end("the stream ended")
-            else:
-                self._arrived.append(frame)
-                _wake(self._reader)
-        if self._in_flight:
-            self._schedule()
-
-    def _end(self, reason: str) -> None:
-        if self._ended is None:
-            self._ended = reason
-            self.owner.streams.pop(self, None)
-            _wake(self._reader)
-            self._wake_writers()
-
-    def _release(self, size: int) -> None:
-        self._held_bytes -= size
-        if self._held_bytes <= WINDOW_BYTES:
-            self.other._wake_writers()
-
-    def _wake_writers(self) -> None:
-        while self._writers:
-            _wake(self._writers.popleft())
-
-
-def _wake(waiter: asyncio.Future[None] | None) -> None:
-    if waiter is not None and not waiter.done():
-        waiter.set_result(None)
-
-
 class SimRegistry:
     """Who published what, and what a reader a little behind would see."""
 
@@ -324,12 +140,17 @@ class SimRegistry:
         self.stale_s = stale_s
         self._topics: dict[str, dict[PeerId, deque[tuple[float, Published]]]] = {}  # (stored at, what), oldest first
 
-    def store(self, topic: str, entry: Published, now: float) -> None:
-        """Take in an entry and forget what has expired."""
+    def store(self, topic: str, entry: Published, now: float) -> bool:
+        """Take in an entry and forget what has expired. False for one that has expired already."""
+        if entry.expires_at <= now:
+            return False
         versions = self._topics.setdefault(topic, {}).setdefault(entry.peer, deque())
         versions.append((now, entry))
-        while versions[0][1].expires_at <= now:
+        while versions[0][1].expires_at <= now or (
+            len(versions) > 1 and versions[1][0] < now - self.stale_s - HIDDEN_S
+        ):
             versions.popleft()
+        return True
 
     def read(self, topic: str, now: float, seen_at: Callable[[PeerId], float]) -> dict[PeerId, Published]:
         """The live values as they stood at the time that `seen_at` gives for each writer."""
@@ -356,6 +177,12 @@ class SimNetwork:
 
     def __init__(self, swarm: SimSwarm, peer_id: PeerId, name: str, listen: bool) -> None:
         number = len(swarm.members)
+        self.number = number
+        self.skew_s = 0.0
+        """How far this member's clock is ahead."""
+        self.tongue: Callable[[str, bytes], bytes] | None = None
+        """What turns the truth into what this member publishes: (topic, value) -> value. Liars have one."""
+        self.connects = 0
         address = f"/ip4/10.{number >> 16 & 255}.{number >> 8 & 255}.{number & 255}/tcp/4001"
         self.swarm = swarm
         self.name = name
@@ -383,7 +210,7 @@ class SimNetwork:
         return f"{(self._contact.addresses or ('',))[0]}/p2p/{self._peer_id}"
 
     def now(self) -> float:
-        return asyncio.get_running_loop().time()
+        return asyncio.get_running_loop().time() + self.skew_s
 
     async def join(self, addresses: Sequence[str]) -> None:
         self._check()
@@ -412,6 +239,7 @@ class SimNetwork:
 
     async def connect(self, contact: Contact, protocol: str) -> Stream:
         self._check()
+        self.connects += 1
         peer = PeerId(contact.peer)
         if not self.swarm.reachable(self._peer_id, peer):
             await asyncio.sleep(CONNECT_TIMEOUT_S)
@@ -456,8 +284,10 @@ class SimNetwork:
             return False
         expires_at = max(self.now() + lease_s, self._last_expiry.get(topic, 0.0) + 1e-6)
         self._last_expiry[topic] = expires_at
-        self.swarm.registry.store(topic, Published(self._peer_id, bytes(value), expires_at), self.now())
-        return True
+        value = bytes(value) if self.tongue is None else self.tongue(topic, bytes(value))
+        moment = asyncio.get_running_loop().time()  # the others' clocks are right
+        self.swarm.trace.note(moment, self.number, 0, PUBLISHED)
+        return self.swarm.registry.store(topic, Published(self._peer_id, value, expires_at), moment)
 
     async def lookup(self, topic: str) -> dict[PeerId, Published]:
         self._check()
@@ -466,16 +296,17 @@ class SimNetwork:
         self._check()
         if swarm.is_hung(self._peer_id):
             raise SwarmUnreachableError(f"the registry did not answer within {LOOKUP_TIMEOUT_S:g} s")
-        now = self.now()
-        moment = now - swarm.rng.random() * swarm.registry.stale_s
+        true_now = asyncio.get_running_loop().time()
+        swarm.trace.note(true_now, self.number, 0, LOOKED_UP)
+        moment = true_now - swarm.rng.random() * swarm.registry.stale_s
 
         def seen_at(writer: PeerId) -> float:
             if writer == self._peer_id:
-                return now  # a peer always sees its own
+                return true_now  # a peer always sees its own
             since = swarm.hidden_since(self._peer_id, writer)
             return moment if since is None else min(moment, since)
 
-        return swarm.registry.read(topic, now, seen_at)
+        return swarm.registry.read(topic, max(true_now, self.now()), seen_at)
 
     def die(self, reason: str) -> None:
         """End at once: streams, handlers, and every call from now on."""
