@@ -96,7 +96,7 @@ async def test_status_shows_what_is_served(three: LocalSwarm) -> None:
         "version",
         "age_s",
     ]
-    assert all(keys == set(peer) for peer in model["peers"])
+    assert all(set(peer) == set(keys) for peer in model["peers"])
     assert {peer["name"]: peer["blocks"] for peer in model["peers"]} == {"a": "0:10", "b": "10:20", "<b>c</b>": "20:30"}
     assert all(peer["state"] == "online" and peer["age_s"] < 20 for peer in model["peers"])
     table = await command("llmasos", "status", "--join", three.address)
