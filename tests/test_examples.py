@@ -9,7 +9,7 @@ from typing import NamedTuple
 import pytest
 import pytest_asyncio
 
-from sim.local import LocalProcess, LocalSwarm
+from llmasos.local import LocalProcess, LocalSwarm
 
 pytestmark = [pytest.mark.swarm, pytest.mark.asyncio(loop_scope="module")]
 
