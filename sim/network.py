@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterable, Sequence
 from types import TracebackType
 from typing import Self
 
-from llmasos.config import CONNECT_TIMEOUT_S, LOOKUP_TIMEOUT_S, MAX_STREAMS_PER_PEER
+from llmasos.config import CONNECT_TIMEOUT_S, LOOKUP_TIMEOUT_S, MAX_LEASE_S, MAX_STREAMS_PER_PEER
 from llmasos.errors import ConnectionLostError, SwarmUnreachableError
 from llmasos.identity import peer_id_of
 from llmasos.multiaddr import parse_multiaddr
@@ -24,10 +24,11 @@ from llmasos.network import Handler, PeerId, Published, Stream, check_publicatio
 from llmasos.tasks import TaskSet
 from llmasos.wire import Contact
 from sim.stream import KEEPALIVE_S, LAN, LOOPBACK, Link, SimStream, Wire
+from sim.trace import HUNG, KILLED, LOOKED_UP, PUBLISHED, Trace
 
 logger = logging.getLogger(__name__)
 
-__all__ = ["KEEPALIVE_S", "LAN", "LOOPBACK", "Link", "SimNetwork", "SimRegistry", "SimStream", "SimSwarm"]
+__all__ = ["KEEPALIVE_S", "LAN", "LOOPBACK", "Link", "SimNetwork", "SimRegistry", "SimStream", "SimSwarm", "Trace"]
 
 
 class SimSwarm:
@@ -146,9 +147,8 @@ class SimRegistry:
             return False
         versions = self._topics.setdefault(topic, {}).setdefault(entry.peer, deque())
         versions.append((now, entry))
-        while versions[0][1].expires_at <= now or (
-            len(versions) > 1 and versions[1][0] < now - self.stale_s - HIDDEN_S
-        ):
+        oldest = now - self.stale_s - MAX_LEASE_S  # nobody sees farther back, however long the registry is parted
+        while versions[0][1].expires_at <= now or (len(versions) > 1 and versions[1][0] < oldest):
             versions.popleft()
         return True
 

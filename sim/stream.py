@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from llmasos.config import MAX_FRAME_BYTES
 from llmasos.errors import ConnectionLostError, UsageError
 from llmasos.network import PeerId
+from sim.trace import ENDED
 
 if TYPE_CHECKING:
     from sim.network import SimNetwork
@@ -62,35 +63,6 @@ class Wire:
         """When something handed over now is all there."""
         self.free_at = max(now, self.free_at) + size_bytes / self.link.bytes_per_s
         return self.free_at + self.delay_s(size_bytes)
-
-
-class Trace:
-    """A hash over everything that was sent and broken, and when: two runs with the same one took the same steps."""
-
-    def __init__(self) -> None:
-        self.frames = 0
-        self._hash = hashlib.blake2b(digest_size=8)
-        self._waiting = bytearray()
-
-    def note(self, moment: float, who: int, whom: int, what: int) -> None:
-        """Something happened; `what` is the size of a frame, or one of the words below."""
-        self.frames += 1
-        self._waiting += _pack(moment, who, whom, what)
-        if len(self._waiting) > TRACE_BUFFER_BYTES:
-            self._hash.update(self._waiting)
-            self._waiting.clear()
-
-    @property
-    def digest(self) -> str:
-        """The hash so far."""
-        self._hash.update(self._waiting)
-        self._waiting.clear()
-        return self._hash.hexdigest()
-
-
-TRACE_BUFFER_BYTES = 65_536
-_pack = struct.Struct("<dIIi").pack
-ENDED, KILLED, HUNG, PUBLISHED, LOOKED_UP = -1, -2, -3, -4, -5
 
 
 class SimStream:
@@ -243,7 +215,3 @@ class SimStream:
 def _wake(waiter: asyncio.Future[None] | None) -> None:
     if waiter is not None and not waiter.done():
         waiter.set_result(None)
-
-
-HIDDEN_S = LEASE_S
-"""Older versions are of no use to anybody, however long the registry has been parted."""
