@@ -1,0 +1,99 @@
+"""Guess the next tokens from the text itself, and let one pass check the guesses.
+
+Prompt lookup (Saxena, 2023): if the last few tokens have occurred before, what followed then is a good guess for what
+follows now. The guesses travel behind the last token in the same step, and every position is sampled as if it had come
+alone, so the text is the one that would have come without guessing - greedy or sampled - only in fewer trips through
+the swarm. A wrong guess is rolled back by the next step's position.
+
+Whether guessing pays is measured, not assumed: a step with guesses takes longer, and it pays when it brings more tokens
+per second than a plain one. `Speculator` is pure bookkeeping: the caller tells it what came of each step.
+"""
+
+from collections.abc import Iterable
+
+MAX_NGRAM = 3
+MIN_NGRAM = 2
+"""A single token occurs too often to say anything; four in a row rarely find a match that three do not."""
+FIRST_GUESSES = 4
+MAX_GUESSES = 12
+"""A pass of up to 16 rows takes about as long as one of two (docs/log.md); beyond that rows cost."""
+MEMORY = 0.8
+"""Weight of the past in the moving averages: about the last five steps count."""
+PROBE_EVERY = 32
+"""While guessing does not pay, one step in so many tries again, if there is a guess: texts change."""
+MARGIN = 1.02
+"""How much faster guessing must be than not guessing."""
+
+
+class NgramIndex:
+    """Where each short run of tokens was seen last. Grows with the text."""
+
+    def __init__(self) -> None:
+        self._ids: list[int] = []
+        self._ends: dict[tuple[int, ...], int] = {}  # a run of tokens -> the position of what followed it last
+
+    def extend(self, ids: Iterable[int]) -> None:
+        """The text goes on with `ids`."""
+        for token in ids:
+            end = len(self._ids)
+            for length in range(MIN_NGRAM, min(MAX_NGRAM, end) + 1):
+                self._ends[tuple(self._ids[end - length :])] = end
+            self._ids.append(token)
+
+    def guess(self, most: int) -> list[int]:
+        """Up to `most` tokens that followed the longest known run at the end of the text."""
+        for length in range(min(MAX_NGRAM, len(self._ids)), MIN_NGRAM - 1, -1):
+            position = self._ends.get(tuple(self._ids[-length:]))
+            if position is not None:
+                followed = self._ids[position:]  # if that reaches the end, the text is taken to repeat itself
+                return [followed[index % len(followed)] for index in range(most)]
+        return []
+
+
+class Speculator:
+    """Decides how much to guess, from what guessing has brought."""
+
+    def __init__(self, prompt_ids: Iterable[int]) -> None:
+        self._index = NgramIndex()
+        self._index.extend(prompt_ids)
+        self._guesses = FIRST_GUESSES
+        self._plain_s = 0.0  # a step without guesses
+        self._guessed_s = 0.0  # a step with some
+        self._accepted = float(FIRST_GUESSES)  # right guesses a step; hopeful until it is known
+        self._since_probe = 0
+
+    def propose(self, room: int) -> list[int]:
+        """Guesses for what follows, at most `room`; none when guessing does not pay."""
+        if self._plain_s == 0.0:
+            return []  # the first plain step tells what a step takes
+        guesses = self._index.guess(min(self._guesses, room))
+        if guesses and not self.pays:
+            self._since_probe += 1
+            if self._since_probe < PROBE_EVERY:
+                return []
+            self._since_probe = 0
+        return guesses
+
+    @property
+    def pays(self) -> bool:
+        """Whether steps with guesses bring more tokens per second, as far as is known."""
+        if self._guessed_s == 0.0:
+            return True
+        return (1 + self._accepted) * self._plain_s > MARGIN * self._guessed_s
+
+    def extend(self, ids: Iterable[int]) -> None:
+        """The text goes on with `ids`."""
+        self._index.extend(ids)
+
+    def record(self, guessed: int, accepted: int, seconds: float) -> None:
+        """A decoding step with `guessed` guesses took `seconds`, and `accepted` of them were right."""
+        if not guessed:
+            self._plain_s = _blend(self._plain_s, seconds)
+            return
+        self._guessed_s = _blend(self._guessed_s, seconds)
+        self._accepted = MEMORY * self._accepted + (1 - MEMORY) * accepted
+        self._guesses = min(2 * guessed, MAX_GUESSES) if accepted == guessed else max(accepted + 1, MIN_NGRAM)
+
+
+def _blend(average: float, sample: float) -> float:
+    return sample if average == 0.0 else MEMORY * average + (1 - MEMORY) * sample

@@ -1,0 +1,68 @@
+"""Guessing from the text: what is guessed, and when it is worth it."""
+
+from llmasos.client.speculation import FIRST_GUESSES, MAX_GUESSES, PROBE_EVERY, NgramIndex, Speculator
+
+
+def test_what_followed_last_time_is_guessed() -> None:
+    index = NgramIndex()
+    index.extend([5, 6, 7, 8, 9, 1, 5, 6])
+    assert index.guess(2) == [7, 8]
+    assert index.guess(9) == [7, 8, 9, 1, 5, 6, 7, 8, 9]
+    index.extend([7])
+    assert index.guess(1) == [8]
+
+
+def test_the_longer_run_and_the_later_place_win() -> None:
+    index = NgramIndex()
+    index.extend([1, 2, 3, 40, 0, 9, 2, 3, 50, 0, 1, 2, 3])
+    assert index.guess(1) == [40]  # 1 2 3 was followed by 40; 2 3 alone, later, by 50
+    index.extend([60, 7, 2, 3])
+    assert index.guess(1) == [60]
+
+
+def test_nothing_is_guessed_of_what_never_occurred() -> None:
+    index = NgramIndex()
+    assert index.guess(3) == []
+    index.extend([1])
+    assert index.guess(3) == []
+    index.extend([2, 3, 4, 5])
+    assert index.guess(3) == []
+
+
+def repeating() -> Speculator:
+    speculator = Speculator([1, 2, 3, 4, 5, 6, 7] * 6)
+    assert speculator.propose(10) == []  # nothing is known of what a step takes
+    speculator.record(0, 0, 0.10)
+    return speculator
+
+
+def test_right_guesses_make_it_bolder_and_wrong_ones_shyer() -> None:
+    speculator = repeating()
+    assert len(speculator.propose(30)) == FIRST_GUESSES
+    for _ in range(4):
+        guesses = len(speculator.propose(30))
+        speculator.record(guesses, guesses, 0.11)
+    assert len(speculator.propose(30)) == MAX_GUESSES
+    assert len(speculator.propose(3)) == 3
+    speculator.record(MAX_GUESSES, 1, 0.11)
+    assert len(speculator.propose(30)) == 2
+
+
+def test_guesses_that_cost_more_than_they_bring_are_given_up_and_tried_again_later() -> None:
+    speculator = repeating()
+    for _ in range(12):
+        speculator.record(FIRST_GUESSES, 0, 0.15)
+    assert not speculator.pays
+    tries = [bool(speculator.propose(8)) for _ in range(2 * PROBE_EVERY)]
+    assert sum(tries) == 2
+    for _ in range(12):
+        speculator.record(FIRST_GUESSES, FIRST_GUESSES, 0.15)
+    assert speculator.pays
+    assert speculator.propose(8)
+
+
+def test_a_step_that_costs_nothing_more_pays_with_any_right_guess() -> None:
+    speculator = repeating()
+    for _ in range(40):
+        speculator.record(2, 1, 0.10)
+    assert speculator.pays
