@@ -10,7 +10,9 @@ numbers do not depend on how blocks are split over peers, nor on how rows are cu
 """
 
 import asyncio
-from collections.abc import Sequence
+from array import array
+from collections.abc import Callable, Sequence
+from itertools import pairwise
 
 from llmasos.config import DType
 from llmasos.peer.runner import Chunk, Fault, Speed
@@ -26,12 +28,16 @@ ROW_BYTES = 8
 class SimRunner:
     """Runs `span` at `speed`; `slowdown` stretches the time of every pass."""
 
-    def __init__(self, span: Span, speed: Speed, *, slowdown: float = 1.0) -> None:
+    def __init__(
+        self, span: Span, speed: Speed, *, slowdown: float = 1.0, after_pass: Callable[[], None] = lambda: None
+    ) -> None:
         self.slowdown = slowdown
         self.passes = 0
+        self.busy_s = 0.0
         self._span = span
         self._speed = speed
-        self._caches: dict[str, dict[int, list[int]]] = {}  # session -> block -> outputs by position
+        self._after_pass = after_pass
+        self._caches: dict[str, dict[int, array[int]]] = {}  # session -> block -> outputs by position
 
     @property
     def span(self) -> Span:
@@ -52,7 +58,10 @@ class SimRunner:
         """See `Runner.run`: takes the time that the cost model says."""
         results = [self._compute(chunk) for chunk in chunks]
         self.passes += 1
-        await asyncio.sleep(self._pass_s(chunks))
+        seconds = self._pass_s(chunks)
+        self.busy_s += seconds
+        await asyncio.sleep(seconds)
+        self._after_pass()
         return results
 
     async def measure(self) -> Speed:
@@ -69,18 +78,19 @@ class SimRunner:
 
     def _pass_s(self, chunks: Sequence[Chunk]) -> float:
         """Each block runs once a pass, over the rows of the sessions that use it."""
+        edges = sorted({edge for chunk in chunks for edge in (chunk.span.start, chunk.span.end)})
         seconds = 0.0
-        for block in self._span.blocks():
-            rows = sum(chunk.hidden.tokens for chunk in chunks if block in chunk.span)
+        for start, end in pairwise(edges):
+            rows = sum(chunk.hidden.tokens for chunk in chunks if chunk.span.start <= start and end <= chunk.span.end)
             if rows:
-                seconds += self._speed.first_row_s + (rows - 1) * self._speed.row_s
+                seconds += (end - start) * (self._speed.first_row_s + (rows - 1) * self._speed.row_s)
         return seconds * self.slowdown
 
     def _compute(self, chunk: Chunk) -> Tensor | Fault:
         hidden = chunk.hidden
         if (hidden.dtype, hidden.hidden) != (self.dtype, HIDDEN):
             return Fault(f"expected float32 rows of {HIDDEN}, got {hidden.dtype} rows of {hidden.hidden}", sender=True)
-        caches = self._caches.setdefault(chunk.session, {block: [] for block in chunk.span.blocks()})
+        caches = self._caches.setdefault(chunk.session, {block: array("Q") for block in chunk.span.blocks()})
         cached = len(caches[chunk.span.start])
         if chunk.position > cached:
             return Fault(f"rows at position {chunk.position}, but {cached} are cached", sender=True)
@@ -94,7 +104,7 @@ class SimRunner:
         return from_numbers(rows)
 
 
-def run_block(block: int, cache: list[int], rows: Sequence[int]) -> list[int]:
+def run_block(block: int, cache: "array[int]", rows: Sequence[int]) -> list[int]:
     """The outputs of one block for `rows` behind what `cache` holds; appends them to it."""
     before = cache[-1] if cache else 0
     outputs = []
@@ -109,8 +119,27 @@ def reference(blocks: int, rows: Sequence[int]) -> list[int]:
     """What a single machine makes of `rows`, with no cache and no network."""
     outputs = list(rows)
     for block in range(blocks):
-        outputs = run_block(block, [], outputs)
+        outputs = run_block(block, array("Q"), outputs)
     return outputs
+
+
+class Reference:
+    """A single machine that takes rows as they come: what each answer of a swarm has to be."""
+
+    def __init__(self, blocks: int) -> None:
+        self.length = 0
+        self._last = [0] * blocks  # the output of each block at the position before
+
+    def feed(self, rows: Sequence[int]) -> int:
+        """The output of the last block for the last of `rows`."""
+        row = 0
+        last = self._last
+        for row in rows:
+            self.length += 1
+            due = D * self.length
+            for block, before in enumerate(last):
+                last[block] = row = (A * before + B * row + C * (block + 1) + due) % PRIME
+        return row
 
 
 def to_numbers(tensor: Tensor) -> list[int]:

@@ -1,11 +1,11 @@
 """A swarm in one process: shipped peers and shipped clients on the simulated seams."""
 
 import random
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, replace
 
-from llmasos.client.router import Router
+from llmasos.client.router import Policy, Router
 from llmasos.client.session import Session
 from llmasos.config import ClientConfig, PeerConfig
 from llmasos.network import PeerId
@@ -13,10 +13,11 @@ from llmasos.peer.handler import Served
 from llmasos.peer.peer import Peer
 from llmasos.peer.runner import Speed
 from llmasos.routing.directory import Directory
-from llmasos.routing.planner import RouteRequest
+from llmasos.routing.planner import RouteRequest, plan
 from llmasos.span import Span
+from llmasos.tasks import TaskSet
 from sim.network import SimNetwork, SimSwarm
-from sim.runner import SimRunner
+from sim.runner import ROW_BYTES, SimRunner
 
 CPU_SPEED = Speed(first_row_s=0.0015, row_s=0.0001)
 """One block of a 135M model on two cores of this year's server, in float32 (docs/log.md)."""
@@ -40,15 +41,16 @@ class SimModel:
         """What a peer of it serves."""
         return Served(self.name, self.digest, self.blocks, self.context_tokens)
 
-    def request(self, kv_tokens: int) -> RouteRequest:
-        """A route through all of it, for one decoding session."""
+    def request(self, kv_tokens: int, prompt_tokens: int = 1) -> RouteRequest:
+        """A route through all of it, for one session that fills `kv_tokens`."""
         return RouteRequest(
             model=self.name,
             digest=self.digest,
             model_blocks=self.blocks,
-            prompt_tokens=1,
-            new_tokens=max(kv_tokens - 1, 1),
+            prompt_tokens=prompt_tokens,
+            new_tokens=max(kv_tokens - prompt_tokens, 1),
             kv_tokens=kv_tokens,
+            row_bytes=ROW_BYTES,
             dtype="float32",
             quantization="none",
         )
@@ -63,6 +65,7 @@ class SimCluster:
         self.peers: dict[str, Peer] = {}
         self._config = config or PeerConfig()
         self._lives: dict[str, AsyncExitStack] = {}
+        self._sweeping = TaskSet()
 
     async def __aenter__(self) -> "SimCluster":
         return self
@@ -70,6 +73,7 @@ class SimCluster:
     async def __aexit__(self, *reason: object) -> None:
         for name in list(self._lives):
             await self.stop(name)
+        await self._sweeping.close()
 
     async def start(
         self,
@@ -79,12 +83,13 @@ class SimCluster:
         speed: Speed = CPU_SPEED,
         kv_tokens: int = 65_536,
         network: SimNetwork | None = None,
+        after_pass: Callable[[], None] = lambda: None,
     ) -> PeerId:
         """Bring a peer online; `network` is the place of one that was there before."""
         place = network or self.world.network(name)
         life = AsyncExitStack()
         await life.enter_async_context(place)
-        runner = SimRunner(Span.parse(span), speed)
+        runner = SimRunner(Span.parse(span), speed, after_pass=after_pass)
         life.push_async_callback(runner.close)
         config = replace(self._config, name=name)
         peer = Peer(place, runner, self.model.served, config, kv_tokens=kv_tokens)
@@ -98,17 +103,18 @@ class SimCluster:
         await self._lives.pop(name).aclose()
 
     def kill(self, name: str) -> None:
-        """SIGKILL: gone between two instructions. What it leaves behind in this process is swept up at the end."""
-        self.world.kill(self.peers[name].network.peer_id)
+        """SIGKILL: gone between two instructions. What it leaves behind in this process is swept up behind it."""
+        self.world.kill(self.peers.pop(name).network.peer_id)
+        self._sweeping.spawn(self._lives.pop(name).aclose(), f"the end of {name}")
 
     @asynccontextmanager
     async def client(
-        self, name: str, *, seed: int = 0, config: ClientConfig | None = None
+        self, name: str, *, seed: int = 0, config: ClientConfig | None = None, policy: Policy = plan
     ) -> AsyncIterator["SimClient"]:
-        """A client with its own view of the swarm."""
+        """A client with its own view of the swarm; `policy` chooses its routes."""
         async with self.world.network(name, listen=False) as place:
             settings = config or ClientConfig()
-            router = Router(place, Directory(place), settings, random.Random(seed))
+            router = Router(place, Directory(place), settings, random.Random(seed), policy=policy)
             yield SimClient(place, router, settings, self.model)
 
 
@@ -121,9 +127,9 @@ class SimClient:
     config: ClientConfig
     model: SimModel
 
-    def session(self, kv_tokens: int = 1_024) -> Session:
+    def session(self, kv_tokens: int = 1_024, prompt_tokens: int = 1) -> Session:
         """A session through all blocks, to be entered with `async with`."""
-        return Session(self.network, self.router, self.model.request(kv_tokens), self.config)
+        return Session(self.network, self.router, self.model.request(kv_tokens, prompt_tokens), self.config)
 
 
 def names(prefix: str, spans: Sequence[str]) -> list[tuple[str, str]]:
