@@ -48,7 +48,7 @@ HOMES = {
     "torch": TORCH_HOMES,
     "transformers": TORCH_HOMES,
     "hivemind": ["llmasos.p2p", "llmasos.p2p_*"],
-    "aiohttp": ["llmasos.client.gateway", "llmasos.client.http*"],
+    "aiohttp": ["llmasos.client.gateway*", "llmasos.client.http*"],
 }
 """Where a heavy library may be loaded."""
 

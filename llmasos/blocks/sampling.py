@@ -6,7 +6,9 @@ from dataclasses import dataclass
 
 import torch
 from transformers import (
+    LogitsProcessor,
     LogitsProcessorList,
+    MinPLogitsWarper,
     RepetitionPenaltyLogitsProcessor,
     TemperatureLogitsWarper,
     TopKLogitsWarper,
@@ -26,6 +28,14 @@ class SamplingParams:
     """0 means no limit."""
     repetition_penalty: float = 1.0
     seed: int | None = None
+    min_p: float = 0.0
+    """Tokens less likely than this share of the likeliest are not drawn."""
+    presence_penalty: float = 0.0
+    """Taken off the score of each token that was generated before."""
+    frequency_penalty: float = 0.0
+    """The same, once for each time that it was generated."""
+    logit_bias: tuple[tuple[int, float], ...] = ()
+    """(token, what is added to its score)."""
 
     def __post_init__(self) -> None:
         if not (math.isfinite(self.temperature) and self.temperature >= 0):
@@ -38,35 +48,100 @@ class SamplingParams:
             raise UsageError(f"repetition_penalty {self.repetition_penalty} is not a positive number")
         if self.seed is not None and not -(2**63) <= self.seed < 2**64:
             raise UsageError(f"seed {self.seed} does not fit into 64 bits")
+        if not 0 <= self.min_p <= 1:
+            raise UsageError(f"min_p {self.min_p} does not lie in [0, 1]")
+        for name in ("presence_penalty", "frequency_penalty"):
+            if not math.isfinite(getattr(self, name)):
+                raise UsageError(f"{name} {getattr(self, name)} is not a finite number")
+        for token, bias in self.logit_bias:
+            if token < 0 or not math.isfinite(bias):
+                raise UsageError(f"logit_bias of {bias} for token {token} is not a finite number for a token")
+
+
+@dataclass(frozen=True, slots=True)
+class Scored:
+    """A token, and how likely the model found it before any option of sampling; `top` holds the likeliest, best first.
+
+    `logprob` is None for the first token of a text, which nothing foretells.
+    """
+
+    token: int
+    logprob: float | None
+    top: tuple[tuple[int, float], ...] = ()
 
 
 class Sampler:
-    """Chooses the tokens of one generation. Holds its own random state; the global one is not touched."""
+    """Chooses the tokens of one generation. Holds its own random state; the global one is not touched.
 
-    def __init__(self, params: SamplingParams) -> None:
+    `prompt_tokens` says where the generated tokens begin: only those are counted by presence and frequency penalties.
+    """
+
+    def __init__(self, params: SamplingParams, prompt_tokens: int = 0) -> None:
         self.params = params
-        self._processors = _processors(params)
+        self._processors = _processors(params, prompt_tokens)
         self._random = torch.Generator()
         if params.seed is not None:
             self._random.manual_seed(params.seed)
         else:
             self._random.seed()
 
-    def __call__(self, token_ids: Sequence[int], logits: torch.Tensor) -> int:
-        """The next token after `token_ids`, given `logits` of shape (vocab,)."""
+    def __call__(self, token_ids: Sequence[int], logits: torch.Tensor, allowed: torch.Tensor | None = None) -> int:
+        """The next token after `token_ids`, given `logits` of shape (vocab,); only one of `allowed`, a mask of them."""
         history = torch.tensor([list(token_ids)], dtype=torch.long)  # (1, tokens)
-        scores = self._processors(history, logits.detach().to("cpu", torch.float32)[None])  # (1, vocab)
+        scores = logits.detach().to("cpu", torch.float32)[None]  # (1, vocab)
+        if allowed is not None:
+            scores = scores.masked_fill(~allowed, -math.inf)
+        scores = self._processors(history, scores)
         if self.params.temperature == 0:
             return int(scores.argmax(dim=-1))
         probabilities = torch.softmax(scores, dim=-1)
         return int(torch.multinomial(probabilities, num_samples=1, generator=self._random))
 
 
-def _processors(params: SamplingParams) -> LogitsProcessorList:
+def score(logits: torch.Tensor, tokens: Sequence[int], top: int) -> list[Scored]:
+    """For each row of `logits`, (rows, vocab), the token that stood or was chosen there and the `top` likeliest."""
+    logprobs = torch.log_softmax(logits.detach().to("cpu", torch.float32), dim=-1)
+    chosen = logprobs[torch.arange(len(tokens)), torch.tensor(list(tokens), dtype=torch.long)].tolist()
+    values, ids = logprobs.topk(min(top, logprobs.shape[-1]), dim=-1)
+    pairs = zip(ids.tolist(), values.tolist(), strict=True)
+    best = [tuple(zip(row_ids, row_values, strict=True)) for row_ids, row_values in pairs]
+    return [Scored(token, chance, row) for token, chance, row in zip(tokens, chosen, best, strict=True)]
+
+
+class _Penalties(LogitsProcessor):  # type: ignore[misc]
+    """Presence and frequency penalties as the OpenAI interface defines them; transformers has none."""
+
+    def __init__(self, params: SamplingParams, prompt_tokens: int) -> None:
+        self._presence, self._frequency = params.presence_penalty, params.frequency_penalty
+        self._prompt_tokens = prompt_tokens
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        tokens, counts = torch.unique(input_ids[0, self._prompt_tokens :], return_counts=True)
+        scores = scores.clone()
+        scores[0, tokens] -= self._presence + self._frequency * counts.to(scores.dtype)
+        return scores
+
+
+class _Bias(LogitsProcessor):  # type: ignore[misc]
+    """Adds to the scores of some tokens. transformers has one for sequences, at many times the cost."""
+
+    def __init__(self, bias: Sequence[tuple[int, float]]) -> None:
+        self._tokens = torch.tensor([token for token, _ in bias], dtype=torch.long)
+        self._values = torch.tensor([value for _, value in bias], dtype=torch.float32)
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        return scores.index_add(1, self._tokens, self._values[None])
+
+
+def _processors(params: SamplingParams, prompt_tokens: int) -> LogitsProcessorList:
     """Those that change anything, in the order in which `generate` applies them."""
     chosen = LogitsProcessorList()
+    if params.logit_bias:
+        chosen.append(_Bias(params.logit_bias))
     if params.repetition_penalty != 1.0:
         chosen.append(RepetitionPenaltyLogitsProcessor(penalty=params.repetition_penalty))
+    if params.presence_penalty or params.frequency_penalty:
+        chosen.append(_Penalties(params, prompt_tokens))
     if params.temperature == 0:
         return chosen
     if params.temperature != 1.0:
@@ -75,4 +150,6 @@ def _processors(params: SamplingParams) -> LogitsProcessorList:
         chosen.append(TopKLogitsWarper(top_k=params.top_k))
     if params.top_p < 1.0:
         chosen.append(TopPLogitsWarper(top_p=params.top_p))
+    if params.min_p > 0.0:
+        chosen.append(MinPLogitsWarper(min_p=params.min_p))
     return chosen

@@ -4,16 +4,18 @@ The embedding, the final norm and the head stay with the client: token ids and t
 """
 
 import asyncio
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any, Literal, TypeVar
 
 import torch
+from jinja2 import TemplateError
 
 from llmasos.blocks.ends import ModelEnds
+from llmasos.blocks.grammar import Grammar, Grammars
 from llmasos.blocks.registry import ModelSpec
-from llmasos.blocks.sampling import Sampler, SamplingParams
+from llmasos.blocks.sampling import Sampler, SamplingParams, Scored, score
 from llmasos.blocks.tensors import from_torch, to_torch
 from llmasos.client.session import Session
 from llmasos.client.text import Detokenizer, StopText
@@ -22,6 +24,13 @@ from llmasos.errors import MissingBlocksError, UsageError
 T = TypeVar("T")
 
 FinishReason = Literal["stop", "length"]
+
+SCORED_ROWS = 64
+"""Rows of a prompt that are scored at once: with 150,000 tokens in a vocabulary they take 40 MB."""
+
+
+TEMPLATE_FAILURES = (TemplateError, TypeError, ValueError, KeyError, AttributeError)
+"""A template is a program of the model's makers: roles in an order that it does not expect make it fail anyhow."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,6 +46,12 @@ class GenerationRequest:
     sampling: SamplingParams = field(default_factory=SamplingParams)
     stop: tuple[str, ...] = ()
     return_full_text: bool = False
+    logprobs: int | None = None
+    """Score each token, with so many of the likeliest beside it; 0 for itself only."""
+    score_prompt: bool = False
+    """Score the prompt as well. It is then computed whole, whatever the session holds of it."""
+    json_schema: str | None = None
+    """The text must be JSON that this schema, itself JSON, allows."""
 
     DEFAULT_NEW_TOKENS = 64
 
@@ -91,6 +106,25 @@ class Generation:
     failovers: int
 
 
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """Text that no later token changes, and the tokens that it came of, scored if that was asked for.
+
+    `offsets` says where in the completion each of them begins, in characters.
+    """
+
+    text: str
+    scores: tuple[Scored, ...] = ()
+    offsets: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class PromptScores:
+    """How likely the model found each token of the prompt."""
+
+    scores: tuple[Scored, ...]
+
+
 @dataclass(slots=True)
 class Dialogue:
     """A session, and the tokens whose rows it holds."""
@@ -114,6 +148,7 @@ class Generator:
         self.spec = spec
         self.tokenizer = tokenizer
         self._ends = ends
+        self._grammars = Grammars(tokenizer, ends.vocab_size, spec.eos_token_ids)
         self._thread = ThreadPoolExecutor(1, "model-ends")
 
     @property
@@ -121,22 +156,33 @@ class Generator:
         """Whether the model says how a conversation is written."""
         return bool(getattr(self.tokenizer, "chat_template", None))
 
-    async def encode(self, text: str) -> list[int]:
+    async def encode(self, text: str, *, special: bool = True) -> list[int]:
         """The token ids of a text, with the special tokens that the model wants. Raises UsageError for no tokens."""
         try:
             text.encode()
         except UnicodeEncodeError as error:
             raise UsageError(f"the prompt is not valid text: {error.reason} at character {error.start}") from error
-        ids: list[int] = await self._on_thread(lambda: self.tokenizer(text)["input_ids"])
+        ids: list[int] = await self._on_thread(lambda: self.tokenizer(text, add_special_tokens=special)["input_ids"])
         if not ids:
             raise UsageError("the prompt is empty, and this model has no token to begin with", hint="write a prompt")
         return ids
 
-    def chat_prompt(self, messages: Sequence[dict[str, str]]) -> str:
-        """The prompt that the model's own chat template makes of a conversation. Raises UsageError without one."""
+    def chat_prompt(self, messages: Sequence[Mapping[str, Any]], tools: Sequence[Any] | None = None) -> str:
+        """The prompt that the model's own chat template makes of a conversation. Raises UsageError without one.
+
+        The template writes the special tokens itself: encode it with `special=False`.
+        """
         if not self.has_chat_template:
             raise UsageError(f"{self.spec.name} has no chat template", hint="use generate_text with a plain prompt")
-        prompt: str = self.tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=True)
+        try:
+            prompt: str = self.tokenizer.apply_chat_template(
+                [dict(message) for message in messages],
+                tools=list(tools) if tools else None,
+                tokenize=False,
+                add_generation_prompt=True,
+            )
+        except TEMPLATE_FAILURES as error:
+            raise UsageError(f"the chat template of {self.spec.name} refuses the conversation: {error}") from error
         return prompt
 
     def close(self) -> None:
@@ -150,33 +196,64 @@ class Generator:
 
         What the dialogue holds of the prompt already is not sent again.
         """
+        async for event in self.events(request, dialogue, prompt_ids, new_tokens):
+            if isinstance(event, Generation):
+                yield event
+            elif isinstance(event, Piece) and event.text:
+                yield event.text
+
+    async def events(
+        self, request: GenerationRequest, dialogue: Dialogue, prompt_ids: Sequence[int], new_tokens: int
+    ) -> AsyncIterator[PromptScores | Piece | Generation]:
+        """The same with scores. With `new_tokens` 0 the prompt is scored and nothing generated."""
+        # 1. What can be refused before the swarm is asked.
+        self._check_tokens(request, prompt_ids)
+        grammar = None
+        if (schema := request.json_schema) is not None:
+            grammar = await self._on_thread(lambda: self._grammars.start(schema))
         loop = asyncio.get_running_loop()
         begin = loop.time()
-        sampler = Sampler(request.sampling)
+        sampler = Sampler(request.sampling, len(prompt_ids))
         text = StopText(Detokenizer(self.tokenizer, prompt_ids), request.stop)
         ids = list(prompt_ids)
         first_token_at = begin
         reason: FinishReason = "length"
-        dialogue.keep_common(ids)
+        waiting: list[tuple[Scored, int]] = []  # scored tokens whose text is held back, and where it begins
+        # 2. The prompt.
+        row: torch.Tensor | None
+        if request.score_prompt:
+            dialogue.held.clear()
+            row, scores = await self._score_prompt(dialogue, ids, request.logprobs or 0)
+            yield PromptScores(tuple(scores))
+        else:
+            dialogue.keep_common(ids)
+            row = await self._forward(dialogue, ids) if new_tokens else None
+        # 3. Token by token.
         try:
-            while len(ids) - len(prompt_ids) < new_tokens:
-                token = await self._next_token(dialogue, ids, sampler)
+            while row is not None and len(ids) - len(prompt_ids) < new_tokens:
+                chosen = await self._choose(row, ids, sampler, grammar, request.logprobs)
                 if len(ids) == len(prompt_ids):
                     first_token_at = loop.time()
-                ids.append(token)
-                if token in self.spec.eos_token_ids:
+                ids.append(chosen.token)
+                if chosen.token in self.spec.eos_token_ids:
                     reason = "stop"
                     break
-                if piece := text.add(token):
-                    yield piece
-                if text.stopped:
+                if request.logprobs is not None:
+                    waiting.append((chosen, text.decoded))
+                if piece := text.add(chosen.token):
+                    yield _piece(piece, waiting, len(text.text))
+                if text.stopped or (grammar is not None and grammar.take(chosen.token)):
                     reason = "stop"
                     break
+                if len(ids) - len(prompt_ids) < new_tokens:
+                    row = await self._forward(dialogue, ids)
         except MissingBlocksError as error:
             error.generated = text.text
             raise
-        if piece := text.finish():
-            yield piece
+        # 4. What was held back, and the sum of it all.
+        piece = text.finish()
+        if piece or (waiting and not text.stopped):
+            yield _piece(piece, waiting, len(text.text) + 1)
         generated = ids[len(prompt_ids) :]
         decode_s = loop.time() - first_token_at
         yield Generation(
@@ -191,16 +268,55 @@ class Generator:
             failovers=dialogue.session.failovers,
         )
 
-    async def _next_token(self, dialogue: Dialogue, ids: Sequence[int], sampler: Sampler) -> int:
-        """The token behind `ids`: what is not held yet goes through the blocks, and its last row is sampled."""
-        held = min(len(dialogue.held), len(ids) - 1)
-        rows = await self._on_thread(lambda: from_torch(self._ends.embed(ids[held:], held)))
-        last = await dialogue.session.forward(rows, position=held, keep=1)
-        dialogue.held[held:] = ids[held:]
-        return await self._on_thread(lambda: sampler(ids, self._logits(to_torch(last))))
+    def _check_tokens(self, request: GenerationRequest, prompt_ids: Sequence[int]) -> None:
+        size = self._ends.vocab_size
+        for token in prompt_ids:
+            if not 0 <= token < size:
+                raise UsageError(f"the prompt has token {token}, which is not in the vocabulary of {size}")
+        for token, _ in request.sampling.logit_bias:
+            if token >= size:
+                raise UsageError(f"logit_bias names token {token}, which is not in the vocabulary of {size}")
 
-    def _logits(self, last: torch.Tensor) -> torch.Tensor:
-        return self._ends.logits(last)[0]  # (1, hidden) -> (vocab,)
+    async def _forward(self, dialogue: Dialogue, ids: Sequence[int], keep: int = 1) -> torch.Tensor:
+        """Send what the session does not hold yet through the blocks: the last `keep` rows that come out."""
+        held = min(len(dialogue.held), len(ids) - keep)
+        rows = await self._on_thread(lambda: from_torch(self._ends.embed(ids[held:], held)))
+        last = await dialogue.session.forward(rows, position=held, keep=keep)
+        dialogue.held[held:] = ids[held:]
+        return to_torch(last)  # (keep, hidden)
+
+    async def _choose(
+        self, row: torch.Tensor, ids: Sequence[int], sampler: Sampler, grammar: Grammar | None, top: int | None
+    ) -> Scored:
+        """The token behind `ids`, given the last row, (1, hidden). Scored only if `top` says so."""
+
+        def work() -> Scored:
+            logits = self._ends.logits(row)  # (1, vocab)
+            token = sampler(ids, logits[0], grammar.allowed() if grammar is not None else None)
+            return Scored(token, None) if top is None else score(logits, [token], top)[0]
+
+        return await self._on_thread(work)
+
+    async def _score_prompt(
+        self, dialogue: Dialogue, ids: Sequence[int], top: int
+    ) -> tuple[torch.Tensor, list[Scored]]:
+        """The last row of the prompt, and how likely each of its tokens was behind those before it."""
+        rows = await self._forward(dialogue, ids, keep=len(ids))
+        scores = [Scored(ids[0], None)]
+        for first in range(0, len(ids) - 1, SCORED_ROWS):
+            last = min(first + SCORED_ROWS, len(ids) - 1)
+            scores += await self._on_thread(
+                lambda: score(self._ends.logits(rows[first:last]), ids[first + 1 : last + 1], top)  # noqa: B023
+            )
+        return rows[-1:], scores
 
     async def _on_thread(self, work: Callable[[], T]) -> T:
         return await asyncio.get_running_loop().run_in_executor(self._thread, work)
+
+
+def _piece(text: str, waiting: list[tuple[Scored, int]], end: int) -> Piece:
+    """A piece with the tokens that begin before `end`; they wait no longer."""
+    count = next((n for n, (_, offset) in enumerate(waiting) if offset >= end), len(waiting))
+    taken = waiting[:count]
+    del waiting[:count]
+    return Piece(text, tuple(scored for scored, _ in taken), tuple(offset for _, offset in taken))

@@ -50,6 +50,11 @@ class StopText:
         self._stop = tuple(stop)
         self._held = ""
 
+    @property
+    def decoded(self) -> int:
+        """Characters so far, with those that are held back."""
+        return len(self.text) + len(self._held)
+
     def add(self, token: int) -> str:
         """The text that is certain to belong to the answer after this token."""
         return self._give(self._detokenizer.add(token), final=False)

@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 import torch
 
-from llmasos.blocks.sampling import Sampler, SamplingParams
+from llmasos.blocks.sampling import Sampler, SamplingParams, score
 from llmasos.errors import UsageError
 from tests.blocks.conftest import Session, tokens
 from tests.checkpoints import VOCAB
@@ -16,6 +16,8 @@ SETTINGS = [
     {"temperature": 1.0, "top_p": 0.6},
     {"temperature": 2.5, "top_p": 0.9, "top_k": 23, "repetition_penalty": 1.4},
     {"temperature": 0.0, "repetition_penalty": 1.6},
+    {"temperature": 1.3, "min_p": 0.07},
+    {"temperature": 1.3, "top_k": 40, "top_p": 0.95, "min_p": 0.02},
     {"temperature": 0.0},
 ]
 
@@ -74,9 +76,52 @@ def test_logits_are_not_changed() -> None:
         {"repetition_penalty": 0.0},
         {"repetition_penalty": float("inf")},
         {"seed": 2**64},
+        {"min_p": -0.1},
+        {"min_p": 1.1},
+        {"presence_penalty": float("nan")},
+        {"frequency_penalty": float("inf")},
+        {"logit_bias": ((3, float("inf")),)},
+        {"logit_bias": ((-1, 1.0),)},
     ],
     ids=str,
 )
 def test_settings_out_of_range_are_refused_by_name(wrong: dict[str, Any]) -> None:
     with pytest.raises(UsageError, match=next(iter(wrong))):
         SamplingParams(**wrong)
+
+
+def test_a_bias_makes_a_token_likely_or_impossible() -> None:
+    logits = torch.randn(VOCAB)
+    best = int(logits.argmax())
+    assert Sampler(SamplingParams(logit_bias=((11, 100.0),)))([], logits) == 11
+    assert Sampler(SamplingParams(logit_bias=((best, -100.0),)))([], logits) == int(logits.topk(2).indices[1])
+
+
+def test_presence_and_frequency_count_what_was_generated_and_not_the_prompt() -> None:
+    logits = torch.zeros(VOCAB)
+    logits[[3, 4, 5]] = torch.tensor([3.0, 2.5, 1.0])
+    assert Sampler(SamplingParams(presence_penalty=1.0), prompt_tokens=2)([3, 3], logits) == 3
+    assert Sampler(SamplingParams(presence_penalty=1.0), prompt_tokens=2)([3, 3, 3], logits) == 4
+    once = Sampler(SamplingParams(frequency_penalty=0.4), prompt_tokens=1)
+    assert once([9, 3], logits) == 3
+    assert once([9, 3, 3], logits) == 4
+
+
+def test_a_mask_is_obeyed_whatever_the_scores() -> None:
+    logits = torch.randn(VOCAB)
+    allowed = torch.zeros(VOCAB, dtype=torch.bool)
+    allowed[[6, 17]] = True
+    greedy, drawn = Sampler(SamplingParams()), Sampler(SamplingParams(temperature=3.0, seed=1))
+    assert greedy([], logits, allowed) == max((6, 17), key=lambda token: logits[token])
+    assert {drawn([], logits, allowed) for _ in range(40)} == {6, 17}
+
+
+def test_scores_are_log_probabilities() -> None:
+    logits = torch.randn(3, VOCAB)
+    wanted = torch.log_softmax(logits, dim=-1)
+    scored = score(logits, [5, 8, 13], top=4)
+    assert [one.token for one in scored] == [5, 8, 13]
+    for row, one in enumerate(scored):
+        assert one.logprob == pytest.approx(float(wanted[row, one.token]))
+        assert [token for token, _ in one.top] == wanted[row].topk(4).indices.tolist()
+    assert score(logits[:1], [2], top=0)[0].top == ()
