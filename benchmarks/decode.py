@@ -1,4 +1,4 @@
-"""Decoding speed of one session, as ratios in one run: transformers alone, a swarm of one peer, a swarm of three.
+"""Decoding speed as ratios in one run: transformers alone; one session, and sixteen, through one peer and three.
 
     python benchmarks/decode.py [--rounds 5] [--prompt-tokens 64] [--new-tokens 128]
 
@@ -11,6 +11,7 @@ import asyncio
 import json
 import statistics
 import sys
+import time
 from collections.abc import Awaitable, Callable
 
 from llmasos.client.async_client import AsyncLLMasOS
@@ -69,6 +70,18 @@ def through(client: AsyncLLMasOS, prompt: str, new_tokens: int) -> Run:
     return run
 
 
+def together(client: AsyncLLMasOS, prompt: str, new_tokens: int, sessions: int) -> Run:
+    """The tokens of the first of `sessions` at once, and the tokens/s of all, prompts included."""
+
+    async def run() -> tuple[list[int], float]:
+        begin = time.perf_counter()
+        results = await client.generate_batch([prompt] * sessions, max_new_tokens=new_tokens)
+        seconds = time.perf_counter() - begin
+        return list(results[0].token_ids), sum(result.completion_tokens for result in results) / seconds
+
+    return run
+
+
 async def main(rounds: int, prompt_tokens: int, new_tokens: int) -> None:
     async with LocalSwarm() as one, LocalSwarm() as three:
         await one.start_peers(split_evenly(30, 1))
@@ -85,6 +98,8 @@ async def main(rounds: int, prompt_tokens: int, new_tokens: int) -> None:
                 "transformers": transformers,
                 "1 peer": through(to_one, prompt, new_tokens),
                 "3 peers": through(to_three, prompt, new_tokens),
+                "1 peer x 16": together(to_one, prompt, new_tokens, 16),
+                "3 peers x 16": together(to_three, prompt, new_tokens, 16),
             }
             speeds: dict[str, list[float]] = {name: [] for name in contestants}
             tokens: dict[str, list[int]] = {}
@@ -109,6 +124,8 @@ def report(speeds: dict[str, list[float]], prompt_tokens: int, new_tokens: int, 
         print(f"  {name:<13} {statistics.median(values):6.1f} tokens/s   ({min(values):.1f} - {max(values):.1f})")
     print(f"  1 peer / transformers   {ratio('1 peer', 'transformers'):.2f}x")
     print(f"  3 peers / 1 peer        {ratio('3 peers', '1 peer'):.2f}x")
+    print(f"  16 sessions through 1 peer, all together / transformers   {ratio('1 peer x 16', 'transformers'):.1f}x")
+    print(f"  16 sessions through 3 peers, all together / transformers  {ratio('3 peers x 16', 'transformers'):.1f}x")
     print(f"  all wrote the same tokens: {'yes' if same else 'NO'}")
 
 

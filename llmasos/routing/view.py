@@ -231,7 +231,8 @@ class SwarmView:
 
 def status(view: SwarmView, now: float) -> dict[str, Any]:
     """The object of `llmasos status --json` and of the gateway's `/api/swarm`."""
-    return {"models": [_model_status(view, model, now) for model in view.models()]}
+    described = [_model_status(view, model, now) for model in view.models()]
+    return {"models": [model for model in described if model["peers"]]}
 
 
 def _model_status(view: SwarmView, model: str, now: float) -> dict[str, Any]:
@@ -257,6 +258,7 @@ def _model_status(view: SwarmView, model: str, now: float) -> dict[str, Any]:
                 "age_s": record.age(now),
             }
             for record in view.peers(model)
+            if record.state != PeerState.OFFLINE  # it said goodbye; its record only waits for its lease to end
         ],
     }
 

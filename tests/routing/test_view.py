@@ -208,3 +208,13 @@ SHOWN = {
     "version": "0.1.0",
     "age_s": 3.0,
 }
+
+
+def test_status_leaves_out_who_said_goodbye() -> None:
+    view = SwarmView()
+    view.add(a_record("stays", model_blocks=7, span=Span(0, 4)))
+    view.add(a_record("leaves", model_blocks=7, span=Span(4, 7), state=PeerState.OFFLINE))
+    (model,) = status(view, now=NOW)["models"]
+    assert [peer["peer"] for peer in model["peers"]] == ["stays"]
+    view.add(a_record("stays", model_blocks=7, span=Span(0, 4), state=PeerState.OFFLINE, announced_at=NOW + 1))
+    assert status(view, now=NOW + 1) == {"models": []}
