@@ -77,10 +77,11 @@ def whole(least: int) -> Callable[[str], int]:
     return parse
 
 
-def run(work: Callable[[Namespace], Coroutine[Any, Any, None]], args: Namespace) -> NoReturn:
-    """Run a command to its end and exit: 0 done, 1 failed, 2 wrong usage, 130 interrupted."""
+def run(work: Callable[[Namespace], Coroutine[Any, Any, None] | None], args: Namespace) -> NoReturn:
+    """Run a command, async or not, to its end and exit: 0 done, 1 failed, 2 wrong usage, 130 interrupted."""
     try:
-        uvloop.run(work(args))
+        if (unfinished := work(args)) is not None:
+            uvloop.run(unfinished)
     except LLMasOSError as error:
         if args.debug:
             talk.print_exception()

@@ -1,17 +1,25 @@
 """python -m sim: swarms to try things on."""
 
 import asyncio
+import json
 import time
 from argparse import ArgumentParser, Namespace
+from pathlib import Path
 from typing import TYPE_CHECKING
 
-from llmasos.console import parser, run, say, set_up_logging, show, stop_signal, subcommand, whole
+from llmasos.console import QUIET_S, parser, run, say, set_up_logging, show, stop_signal, subcommand, talk, whole
 from llmasos.errors import LLMasOSError
+from sim import plot
+from sim.invariants import ViolationError
 from sim.local import LocalSwarm, split_evenly
+from sim.scenario import HERE, load, resize, scenarios
+from sim.simulation import simulate
 
 if TYPE_CHECKING:
     from llmasos.client.generate import Generation
 
+RUN_EXAMPLE = """  python -m sim run churn --peers 100 --seed 7
+  python -m sim run sim/scenarios/liars.toml --json > report.json"""
 EXAMPLE = '  python -m sim local --peers 3 --prompt "The world is"'
 
 
@@ -66,6 +74,61 @@ def _report(result: "Generation", names: dict[str, str]) -> None:
     )
 
 
+def list_scenarios(args: Namespace) -> None:
+    """The scenarios that come with the simulator."""
+    for scenario in scenarios():
+        show(f"{scenario.name:16} {scenario.title}")
+    say(f"\nThey are files in {HERE}: copy one, change it, and give its path to `python -m sim run`.")
+
+
+def run_scenario(args: Namespace) -> None:
+    """One scenario in virtual time; its report."""
+    scenario = resize(load(args.scenario), peers=args.peers, clients=args.clients, duration_s=args.duration)
+    if args.plot is not None:
+        plot.check(args.plot)
+    say(
+        f"{scenario.name}: {scenario.peers.count} peers of {scenario.peers.blocks} blocks, {scenario.clients.count} "
+        f"clients, {scenario.duration_s:g} s of virtual time, seed {args.seed}"
+    )
+    report = simulate(
+        scenario,
+        args.seed,
+        source=args.scenario,
+        thorough=scenario.peers.count <= THOROUGH_PEERS,
+        debug=args.debug,
+        progress=Tenths("simulated"),
+    )
+    if args.json:
+        show(json.dumps(report.as_dict()))
+    else:
+        talk.print(report.table())
+        show(report.summary())
+    if args.plot is not None:
+        plot.draw(report, args.plot)
+        say(f"plotted to {args.plot}")
+    if report.violations:
+        raise ViolationError(report.violations[0], hint=report.replay)
+
+
+class Tenths:
+    """Says how far a long run is, each tenth of the way."""
+
+    def __init__(self, what: str) -> None:
+        self._what = what
+        self._said = 0
+        self._begin = time.monotonic()
+
+    def __call__(self, share: float) -> None:
+        tenth = int(10 * share)
+        if tenth > self._said and time.monotonic() - self._begin > QUIET_S:
+            self._said = tenth
+            say(f"  {self._what}: {10 * tenth} %")
+
+
+THOROUGH_PEERS = 100
+"""Up to so many peers the whole account of a peer is checked at each pass; beyond, once a second."""
+
+
 def build_parser() -> ArgumentParser:
     """All commands and their options."""
     top = parser("python -m sim", "Swarms to try things on.", EXAMPLE)
@@ -75,14 +138,28 @@ def build_parser() -> ArgumentParser:
     command.add_argument("--model", default="smollm2", help="(default: %(default)s)")
     command.add_argument("--prompt", default="The world is", help="(default: %(default)r)")
     command.add_argument("--max-new-tokens", type=whole(1), default=48, help="(default: %(default)s)")
+    command = subcommand(commands, "list", "The scenarios that there are.", "  python -m sim list")
+    command = subcommand(commands, "run", "A scenario in virtual time: the shipped code, one seed.", RUN_EXAMPLE)
+    _add_scenario(command)
+    command.add_argument("--json", action="store_true", help="the whole report as one JSON object on stdout")
+    command.add_argument("--plot", type=Path, metavar="FILE", help="draw the timeline: FILE.png or FILE.svg")
     return top
+
+
+def _add_scenario(command: ArgumentParser) -> None:
+    command.add_argument("scenario", metavar="SCENARIO", help="a name from `python -m sim list`, or a .toml file")
+    command.add_argument("--peers", type=whole(1), help="how many peers (default: as the scenario says)")
+    command.add_argument("--clients", type=whole(0), help="how many clients (default: as the scenario says)")
+    command.add_argument("--duration", type=float, metavar="S", help="virtual seconds (default: as the scenario says)")
+    command.add_argument("--seed", type=whole(0), default=0, help="all chance comes from it (default: %(default)s)")
 
 
 def main() -> None:
     """The command line."""
     args = build_parser().parse_args()
     set_up_logging(debug=args.debug)
-    run({"local": local}[args.command], args)
+    commands = {"local": local, "list": list_scenarios, "run": run_scenario}
+    run(commands[args.command], args)
 
 
 if __name__ == "__main__":

@@ -31,6 +31,15 @@ logger = logging.getLogger(__name__)
 __all__ = ["KEEPALIVE_S", "LAN", "LOOPBACK", "Link", "SimNetwork", "SimRegistry", "SimStream", "SimSwarm", "Trace"]
 
 
+HEADER_BYTES = 90
+"""What a step weighs without its rows; more than that is taken for rows."""
+
+
+def peer_of(name: str) -> PeerId:
+    """The id of the member of that name, in every run."""
+    return peer_id_of(hashlib.sha256(name.encode()).digest())
+
+
 class SimSwarm:
     """Every member, every link, the registry; and the hand that breaks them."""
 
@@ -41,13 +50,18 @@ class SimSwarm:
         links: Callable[[PeerId, PeerId], Link] = lambda source, target: LAN,
         lookup_s: float = 0.01,
         stale_s: float = 0.0,
+        row_scale: float = 1.0,
     ) -> None:
-        """`lookup_s` is what one look-up or store takes; a reader may see the registry as it was `stale_s` ago."""
+        """`lookup_s` is what one look-up or store takes; a reader may see the registry as it was `stale_s` ago.
+
+        Rows weigh `row_scale` times what they do here: those of a real model are hundreds of times as wide.
+        """
         self.rng = random.Random(seed)
         self.registry = SimRegistry(stale_s)
         self.lookup_s = lookup_s
         self.members: dict[PeerId, SimNetwork] = {}
         self.trace = Trace()
+        self.row_scale = row_scale
         self._links = links
         self._wires: dict[tuple[PeerId, PeerId], Wire] = {}
         self._hung: dict[PeerId, None] = {}
@@ -55,7 +69,7 @@ class SimSwarm:
 
     def network(self, name: str, *, listen: bool = True) -> "SimNetwork":
         """A new member; its peer id depends on `name` only. The same name again is the same peer, restarted."""
-        peer = peer_id_of(hashlib.sha256(name.encode()).digest())
+        peer = peer_of(name)
         if peer in self.members:
             self.kill(peer)
             self._hung.pop(peer, None)
@@ -119,6 +133,10 @@ class SimSwarm:
             link = LOOPBACK if source == target else self._links(source, target)
             wire = self._wires[source, target] = Wire(link, self.rng)
         return wire
+
+    def wire_bytes(self, frame_bytes: int) -> float:
+        """What a frame weighs on a link: its rows as wide as those of the model that is meant."""
+        return frame_bytes + max(0, frame_bytes - HEADER_BYTES) * (self.row_scale - 1.0)
 
     def _expect_silence(self, streams: Iterable["SimStream"]) -> None:
         loop = asyncio.get_running_loop()

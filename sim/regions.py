@@ -4,11 +4,10 @@ Round trips between data centres of public clouds, in ms, rounded to 5: what the
 ping tables show within about 10 %. Home connections add their own on top.
 """
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 
 from llmasos.network import PeerId
-from sim.network import Link
+from sim.network import Link, peer_of
 
 REGIONS = ("us-east", "us-west", "eu-west", "eu-central", "sa-east", "ap-northeast", "ap-southeast", "ap-south")
 RTT_MS = (
@@ -37,6 +36,9 @@ class Place:
     relayed: bool = False
 
 
+LOCAL = Place()
+
+
 def rtt_s(a: Place, b: Place) -> float:
     """The round trip between two places, without jitter."""
     base_s = LOCAL_RTT_S
@@ -45,25 +47,29 @@ def rtt_s(a: Place, b: Place) -> float:
     return base_s + RELAY_RTT_S * (a.relayed or b.relayed)
 
 
-@dataclass(frozen=True, slots=True)
 class Map:
     """Who is where, and what every link between them is like. Who is not on it is on the local network."""
 
-    places: Mapping[PeerId, Place]
-    bytes_per_s: float
-    jitter: float
-    loss: float
+    def __init__(self, *, bytes_per_s: float, jitter: float, loss: float) -> None:
+        self._places: dict[str, Place] = {}
+        self._bytes_per_s = bytes_per_s
+        self._jitter = jitter
+        self._loss = loss
+
+    def put(self, name: str, place: Place) -> None:
+        """Enter the member of that name."""
+        self._places[peer_of(name)] = place
 
     def rtt_s(self, a: str, b: str) -> float:
         """The round trip between two members."""
-        return rtt_s(self.places.get(PeerId(a), Place()), self.places.get(PeerId(b), Place()))
+        return rtt_s(self._places.get(a, LOCAL), self._places.get(b, LOCAL))
 
     def link(self, a: PeerId, b: PeerId) -> Link:
         """One direction between two members."""
-        relayed = any(self.places.get(peer, Place()).relayed for peer in (a, b))
+        relayed = any(self._places.get(peer, LOCAL).relayed for peer in (a, b))
         return Link(
             latency_s=self.rtt_s(a, b) / 2,
-            bytes_per_s=self.bytes_per_s * (RELAY_SHARE if relayed else 1.0),
-            jitter=self.jitter,
-            loss=self.loss,
+            bytes_per_s=self._bytes_per_s * (RELAY_SHARE if relayed else 1.0),
+            jitter=self._jitter,
+            loss=self._loss,
         )

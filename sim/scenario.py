@@ -35,6 +35,8 @@ class ModelSection(Section, frozen=True):
 
     blocks: Annotated[int, msgspec.Meta(ge=1, le=1_024)] = 24
     context_tokens: Some = 4_096
+    row_bytes: Some = 4_096
+    """Activation of one token: hidden 2,048 in bfloat16, or 1,024 in float32."""
 
 
 class PeersSection(Section, frozen=True):

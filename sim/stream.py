@@ -52,14 +52,14 @@ class Wire:
         self.rng = rng
         self.free_at = 0.0
 
-    def delay_s(self, size_bytes: int = 0) -> float:
+    def delay_s(self, size_bytes: float = 0) -> float:
         link = self.link
         delay_s = link.latency_s * (1.0 + link.jitter * self.rng.random()) if link.jitter else link.latency_s
         if link.loss and self.rng.random() < link.loss * (1 + size_bytes // PACKET_BYTES):
             delay_s += max(MIN_RETRANSMIT_S, 3 * link.latency_s)
         return delay_s
 
-    def arrival(self, now: float, size_bytes: int) -> float:
+    def arrival(self, now: float, size_bytes: float) -> float:
         """When something handed over now is all there."""
         self.free_at = max(now, self.free_at) + size_bytes / self.link.bytes_per_s
         return self.free_at + self.delay_s(size_bytes)
@@ -97,6 +97,11 @@ class SimStream:
         self._writers: deque[asyncio.Future[None]] = deque()
         self._timer: asyncio.TimerHandle | None = None
         owner.streams[self] = None
+
+    @property
+    def held_bytes(self) -> int:
+        """Sent to this end and not yet read."""
+        return self._held_bytes
 
     # --- the contract ---
 
@@ -160,7 +165,7 @@ class SimStream:
         now = asyncio.get_running_loop().time()
         other = self.other
         size = 0 if frame is None else len(frame)
-        arrival = self._wire.arrival(now, size)
+        arrival = self._wire.arrival(now, self.owner.swarm.wire_bytes(size))
         self.owner.swarm.trace.note(arrival, self.owner.number, other.owner.number, ENDED if frame is None else size)
         if other._ended is not None:  # it has closed, and we do not know that yet: it takes in no more than its window
             other._held_bytes += size

@@ -30,6 +30,7 @@ class SimModel:
     name: str = "simulated"
     blocks: int = 12
     context_tokens: int = 8_192
+    row_bytes: int = ROW_BYTES
 
     @property
     def digest(self) -> str:
@@ -50,7 +51,7 @@ class SimModel:
             prompt_tokens=prompt_tokens,
             new_tokens=max(kv_tokens - prompt_tokens, 1),
             kv_tokens=kv_tokens,
-            row_bytes=ROW_BYTES,
+            row_bytes=self.row_bytes,
             dtype="float32",
             quantization="none",
         )
