@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 from llmasos.console import QUIET_S, parser, run, say, set_up_logging, show, stop_signal, subcommand, talk, whole
 from llmasos.errors import LLMasOSError
 from sim import plot
+from sim.hunt import Verdict, hunt
 from sim.invariants import ViolationError
 from sim.local import LocalSwarm, split_evenly
 from sim.scenario import HERE, load, resize, scenarios
@@ -18,6 +19,7 @@ from sim.simulation import simulate
 if TYPE_CHECKING:
     from llmasos.client.generate import Generation
 
+HUNT_EXAMPLE = "  python -m sim hunt --scenario churn --seeds 1000 --peers 12 --duration 60"
 RUN_EXAMPLE = """  python -m sim run churn --peers 100 --seed 7
   python -m sim run sim/scenarios/liars.toml --json > report.json"""
 EXAMPLE = '  python -m sim local --peers 3 --prompt "The world is"'
@@ -110,6 +112,38 @@ def run_scenario(args: Namespace) -> None:
         raise ViolationError(report.violations[0], hint=report.replay)
 
 
+def hunt_seeds(args: Namespace) -> None:
+    """Many seeds of one scenario, in parallel; the first that fails, and how to replay it."""
+    scenario = resize(load(args.scenario), peers=args.peers, clients=args.clients, duration_s=args.duration)
+    seeds = range(args.first, args.first + args.seeds)
+    say(f"hunting through {len(seeds)} seeds of {scenario.name}, from {args.first} on")
+    begin = time.monotonic()
+    told = Tenths("hunted")
+    verdicts: list[Verdict] = []
+
+    def heard(verdict: Verdict) -> None:
+        verdicts.append(verdict)
+        if verdict.problem:
+            say(f"  seed {verdict.seed}: {verdict.problem}\n    {verdict.replay}")
+        told(len(verdicts) / len(seeds))
+
+    hunt(scenario, seeds, source=args.scenario, processes=args.processes, heard=heard)
+    failed = [verdict for verdict in verdicts if verdict.problem]
+    totals = {
+        "scenario": scenario.name,
+        "seeds": len(verdicts),
+        "failed": [verdict.seed for verdict in failed],
+        "requests": sum(verdict.requests for verdict in verdicts),
+        "failovers": sum(verdict.failovers for verdict in verdicts),
+        "tokens": sum(verdict.tokens for verdict in verdicts),
+        "checks": sum(verdict.checks for verdict in verdicts),
+        "real_s": round(time.monotonic() - begin, 1),
+    }
+    show(json.dumps(totals) if args.json else "  ".join(f"{name}={value}" for name, value in totals.items()))
+    if failed:
+        raise ViolationError(f"seed {failed[0].seed}: {failed[0].problem}", hint=failed[0].replay)
+
+
 class Tenths:
     """Says how far a long run is, each tenth of the way."""
 
@@ -143,22 +177,33 @@ def build_parser() -> ArgumentParser:
     _add_scenario(command)
     command.add_argument("--json", action="store_true", help="the whole report as one JSON object on stdout")
     command.add_argument("--plot", type=Path, metavar="FILE", help="draw the timeline: FILE.png or FILE.svg")
+    command = subcommand(commands, "hunt", "Many seeds in parallel, until one fails.", HUNT_EXAMPLE)
+    command.add_argument("--scenario", default="storm", help="a name or a .toml file (default: %(default)s)")
+    _add_size(command)
+    command.add_argument("--seeds", type=whole(1), default=100, help="how many (default: %(default)s)")
+    command.add_argument("--first", type=whole(0), default=0, help="the first of them (default: %(default)s)")
+    command.add_argument("--processes", type=whole(1), help="at once (default: one a core)")
+    command.add_argument("--json", action="store_true", help="the totals as one JSON object on stdout")
     return top
 
 
 def _add_scenario(command: ArgumentParser) -> None:
     command.add_argument("scenario", metavar="SCENARIO", help="a name from `python -m sim list`, or a .toml file")
+    _add_size(command)
+    command.add_argument("--seed", type=whole(0), default=0, help="all chance comes from it (default: %(default)s)")
+
+
+def _add_size(command: ArgumentParser) -> None:
     command.add_argument("--peers", type=whole(1), help="how many peers (default: as the scenario says)")
     command.add_argument("--clients", type=whole(0), help="how many clients (default: as the scenario says)")
     command.add_argument("--duration", type=float, metavar="S", help="virtual seconds (default: as the scenario says)")
-    command.add_argument("--seed", type=whole(0), default=0, help="all chance comes from it (default: %(default)s)")
 
 
 def main() -> None:
     """The command line."""
     args = build_parser().parse_args()
     set_up_logging(debug=args.debug)
-    commands = {"local": local, "list": list_scenarios, "run": run_scenario}
+    commands = {"local": local, "list": list_scenarios, "run": run_scenario, "hunt": hunt_seeds}
     run(commands[args.command], args)
 
 
