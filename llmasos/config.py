@@ -45,6 +45,17 @@ PONG_TIMEOUT_S = 1.5
 """A peer answers pings while it computes (measured: 1 ms), so one that is silent this long hangs or is cut off."""
 MAX_PENDING_TOKENS = 4_096
 """Rows that one session may have waiting on a peer; beyond it the peer stops reading from whoever sends them."""
+MAX_ROWS_IN_FLIGHT = MAX_PENDING_TOKENS // 2
+"""Rows that a client sends ahead of their answers. A peer that stops reading does not hear pings either, so this stays
+below what makes it stop; 16 chunks of a prompt keep as many hops busy."""
+RECORDED_STEPS = 64
+"""Outputs that a peer keeps by the number of their step, to answer repeated ones without computing them."""
+SEND_TIMEOUT_S = 3.0
+"""A peer that takes in nothing for this long, although little is under way to it, hangs; more for large frames."""
+SLOW_LINK_BYTES_PER_S = 1.25e6
+"""What the slowest link of a hop should carry (10 Mbit/s): how long a large frame may take is reckoned with it."""
+HAND_OVER_RETRY_S = 5.0
+"""How often a session looks for somebody to take over from a peer that drains, while there is nobody."""
 ATTACH_TIMEOUT_S = 5.0
 """How long a link may wait for the session it belongs to: the client opens all hops at once, so they may cross."""
 CONNECT_TIMEOUT_S = 5.0
@@ -98,6 +109,8 @@ class ClientConfig:
     prompt_chunk_tokens: int = 128
     """Prompts travel in chunks of this many tokens, all in flight at once: hop 2 works on the first while hop 1 does
     the second. Smaller chunks fill the pipeline sooner, larger ones use the matrix units better."""
+    speculate: bool = True
+    """Guess tokens from the text and check several in one step, while that is measured to pay. Changes no text."""
     step_timeout_s: float = 30.0
     """A step that every hop claims to be alive for, and nobody answers, is given up after this long."""
     suspect_after_s: float = 1.5

@@ -50,6 +50,12 @@ class History:
             parts.append(part.rows(max(start - begin, 0), min(end - begin, part.tokens)))
         return join_rows(parts)
 
+    def copy(self) -> "History":
+        """The same rows, whatever becomes of the original."""
+        copied = History()
+        copied._starts, copied._parts = self._starts.copy(), self._parts.copy()
+        return copied
+
     def chunks(self, start: int, end: int, tokens: int) -> Iterator[tuple[int, Tensor]]:
         """The rows `[start, end)` in order, as (position, rows) of at most `tokens` rows each."""
         for begin in range(start, end, tokens):

@@ -46,3 +46,8 @@ class TaskSet:
         """Cancel every task and wait until all have ended; the task that calls this is left alone."""
         while tasks := self.cancel():
             await asyncio.wait(tasks)
+
+    async def finish(self) -> None:
+        """Wait until every task has ended by itself."""
+        while tasks := [task for task in self._tasks if task is not asyncio.current_task()]:
+            await asyncio.wait(tasks)

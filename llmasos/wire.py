@@ -16,6 +16,7 @@ Who says what, on the stream that a client opens to each hop of its route:
       Replay ──────────────────────▶        send the next hop again what you produced
       Ping   ──────────────────────▶        keeps the lease of an idle session
              ◀──────────────────────  Pong
+             ◀──────────────────────  Draining          "I am about to go: find somebody else"
       Close  ──────────────────────▶        end of the session; so is the end of the stream
 
 and on the stream that a hop opens to the next one:
@@ -141,8 +142,9 @@ class Attach(Message, frozen=True, tag="attach"):
 class Step(Message, frozen=True, tag="step"):
     """Activations for the positions `[position, position + tokens)` of a session.
 
-    `step` numbers the steps of a session from zero; the same number again gets the same answer. `keep` is how many
-    trailing rows the client wants back from the last hop: 1 while decoding, 0 for an inner chunk of a prompt.
+    `step` numbers the steps of a session from zero; the same number again gets the same answer, and is not computed.
+    `keep` is how many trailing rows the client wants back from the last hop: 1 while decoding, 0 for an inner chunk
+    of a prompt.
     A position below the length of the kv cache first cuts the cache back to it. `replay` counts the hops, from this
     one on, that compute the step in order to catch up: the last of them answers the client and sends nothing on.
     """
@@ -162,7 +164,10 @@ class Result(Message, frozen=True, tag="result"):
 
 
 class Reroute(Message, frozen=True, tag="reroute"):
-    """From now on steps come from `upstream` (or the client) and output goes as `Open` says. Answered by nothing."""
+    """From now on steps come from `upstream` (or the client) and output goes as `Open` says. Answered by nothing.
+
+    Steps that were under way are dropped: the client sends them anew. A `Ping` behind it tells when it has been heard.
+    """
 
     upstream: Id | None = None
     downstream: NextHop | None = None
@@ -209,11 +214,15 @@ class Pong(Message, frozen=True, tag="pong"):
     padding: bytes = b""
 
 
+class Draining(Message, frozen=True, tag="draining"):
+    """The peer is about to stop. The session goes on; the client should move it elsewhere, and close it here."""
+
+
 class Close(Message, frozen=True, tag="close"):
     """The session ends; its kv is free at once."""
 
 
-AnyMessage = Open | Opened | Attach | Step | Result | Reroute | Replay | Failed | Ping | Pong | Close
+AnyMessage = Open | Opened | Attach | Step | Result | Reroute | Replay | Failed | Ping | Pong | Draining | Close
 
 _encoder = msgspec.msgpack.Encoder()
 _decoder: msgspec.msgpack.Decoder[AnyMessage] = msgspec.msgpack.Decoder(AnyMessage)

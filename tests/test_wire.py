@@ -16,6 +16,7 @@ from llmasos.wire import (
     Attach,
     Close,
     Contact,
+    Draining,
     ErrorCode,
     Failed,
     FrameError,
@@ -85,6 +86,7 @@ by_type: dict[type, st.SearchStrategy[AnyMessage]] = {
     ),
     Ping: st.builds(Ping, nonce=counts, padding=st.binary(max_size=300)),
     Pong: st.builds(Pong, nonce=counts, padding=st.binary(max_size=300)),
+    Draining: st.just(Draining()),
     Close: st.just(Close()),
 }
 messages = st.one_of(by_type.values())

@@ -3,7 +3,7 @@
 import asyncio
 import logging
 
-from llmasos.config import PONG_TIMEOUT_S
+from llmasos.config import PONG_TIMEOUT_S, SEND_TIMEOUT_S, SLOW_LINK_BYTES_PER_S
 from llmasos.errors import (
     ConnectionLostError,
     LLMasOSError,
@@ -28,6 +28,7 @@ from llmasos.wire import (
     Open,
     Opened,
     Ping,
+    Reroute,
     decode,
     encode,
 )
@@ -45,9 +46,12 @@ class HopLink:
         self.relay = False  # it cannot reach the next hop: its rows come to us, and we send them on
         self.cut_off = False  # it said so, and we have not looked into it yet
         self.lost: PeerError | None = None
+        self.told: Reroute | None = None  # what it knows of its neighbours
+        self.draining = False  # it said that it is about to go
+        self.stays_until = 0.0  # when to look again for somebody who takes over from it (loop time)
         self.ticket: Ticket | None = None  # tells the router that we are there
-        self._pong = asyncio.Event()
-        self._pinged_at = 0.0
+        self._pings: dict[int, tuple[float, asyncio.Future[None]]] = {}  # unanswered: number -> sent at, pong
+        self._pinged = 0
         self._stream: Stream | None = None
 
     @property
@@ -66,13 +70,19 @@ class HopLink:
             raise PeerTimeoutError(self.plan.peer, "did not open a session in time") from None
         if not isinstance(answer, Opened):
             raise as_peer_error(self.plan.peer, answer)
+        self.told = Reroute(upstream=request.upstream, downstream=request.downstream, relay=request.relay)
 
     async def send(self, message: AnyMessage) -> None:
-        """Send a frame."""
+        """Send a frame. Raises PeerTimeoutError when the peer takes in nothing."""
         if self.lost is not None:
             raise self.lost
         assert self._stream is not None, "only hops that were opened are sent to"
-        await self._stream.send(encode(message))
+        frame = encode(message)
+        try:
+            async with asyncio.timeout(SEND_TIMEOUT_S + len(frame) / SLOW_LINK_BYTES_PER_S):
+                await self._stream.send(frame)
+        except TimeoutError:
+            raise PeerTimeoutError(self.plan.peer, "takes nothing in") from None
 
     async def receive(self) -> AnyMessage:
         """The next message of the peer."""
@@ -82,25 +92,39 @@ class HopLink:
         except FrameError as error:
             raise PeerFaultError(self.plan.peer, f"sent a bad frame: {error}") from error
 
-    async def send_ping(self) -> None:
-        """Renew the lease, and measure the way there and back."""
-        self._pinged_at = asyncio.get_running_loop().time()
-        await self.send(Ping())
+    async def send_ping(self) -> asyncio.Future[None]:
+        """Renew the lease, and measure the way there and back. What is returned is done when the pong is here."""
+        loop = asyncio.get_running_loop()
+        self._pinged += 1
+        pong: asyncio.Future[None] = loop.create_future()
+        self._pings[self._pinged] = loop.time(), pong
+        await self.send(Ping(nonce=self._pinged))
+        return pong
 
-    def hear_pong(self) -> float:
-        """The round trip in seconds; called by whoever listens to the hop."""
-        self._pong.set()
-        return asyncio.get_running_loop().time() - self._pinged_at
+    def hear_pong(self, nonce: int) -> float | None:
+        """Take a pong in, as whoever listens to the hop; the round trip in seconds, if it answers a ping of ours."""
+        asked = self._pings.get(nonce)
+        if asked is None:
+            return None
+        for number in [number for number in self._pings if number <= nonce]:
+            _wake(self._pings.pop(number)[1])
+        return asyncio.get_running_loop().time() - asked[0]
 
     async def ping(self) -> None:
-        """Wait for a sign of life."""
-        self._pong.clear()
+        """Wait for a sign of life; whatever was sent before has been heard by then."""
         try:
             async with asyncio.timeout(PONG_TIMEOUT_S):
-                await self.send_ping()
-                await self._pong.wait()
+                await (await self.send_ping())
         except TimeoutError:
             raise PeerTimeoutError(self.plan.peer, "is silent") from None
+        if self.lost is not None:
+            raise self.lost
+
+    def lose(self, error: PeerError) -> None:
+        """It can no longer be used; whoever waits for a pong need not."""
+        self.lost = error
+        while self._pings:
+            _wake(self._pings.popitem()[1][1])
 
     async def hang_up(self) -> None:
         """Say goodbye and close the stream; a peer that is lost or does not listen is not waited for."""
@@ -113,6 +137,11 @@ class HopLink:
                 await self._stream.close()
         except (ConnectionLostError, TimeoutError) as error:
             log.debug("leaving %s: %s", self.plan.peer, error)
+
+
+def _wake(waiter: asyncio.Future[None]) -> None:
+    if not waiter.done():
+        waiter.set_result(None)
 
 
 def as_error(peer: str, message: AnyMessage) -> LLMasOSError:

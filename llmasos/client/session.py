@@ -16,34 +16,26 @@ the text goes on as it would have.
 import asyncio
 import itertools
 import logging
+from collections import deque
 from collections.abc import Awaitable, Callable
-from dataclasses import dataclass
+from dataclasses import replace
 from types import TracebackType
 from typing import Self
 
+from llmasos.client.connections import Connections
+from llmasos.client.flights import Flight, Flights
 from llmasos.client.hop import HopLink, as_error
+from llmasos.client.hops import Hops
 from llmasos.client.router import Router
-from llmasos.config import PING_EVERY_S, ClientConfig
-from llmasos.errors import LLMasOSError, PeerError, PeerFaultError, PeerTimeoutError, UsageError
+from llmasos.config import HAND_OVER_RETRY_S, MAX_ROWS_IN_FLIGHT, ClientConfig
+from llmasos.errors import PeerError, PeerFaultError, PeerTimeoutError, SwarmError, UsageError
 from llmasos.history import History
 from llmasos.network import Network
-from llmasos.routing.planner import Route, RouteRequest
-from llmasos.span import Span, gaps
-from llmasos.tasks import TaskSet
-from llmasos.wire import AnyMessage, Failed, Open, Pong, Replay, Reroute, Result, Step, Tensor, join_rows
+from llmasos.routing.planner import Hop, Route, RouteRequest
+from llmasos.span import Span
+from llmasos.wire import AnyMessage, Draining, Failed, Open, Replay, Result, Step, Tensor, join_rows
 
 log = logging.getLogger(__name__)
-
-
-@dataclass(slots=True)
-class _InFlight:
-    """A step that has no answer yet. `replay` hops from the index `first` on take part when it is a replay."""
-
-    position: int
-    keep: int
-    answer: asyncio.Future[Tensor]
-    first: int = 0
-    replay: int = 0
 
 
 class Session:
@@ -57,19 +49,17 @@ class Session:
             raise ValueError("a session must know how many blocks its model has")
         self.failovers = 0
         self.replayed_tokens = 0
-        self._network = network
         self._router = router
         self._request = request
-        self._blocks = request.model_blocks
         self._config = config
         self._id = router.new_session_id()
-        self._hops: list[HopLink] = []
+        self._hops = Hops(request.model_blocks)
         self._inputs = History()
         self._answered = 0  # positions below this are answered, and cached on every hop that is not lagging
-        self._in_flight: dict[int, _InFlight] = {}
+        self._flights = Flights()
         self._steps = itertools.count()
         self._names = itertools.count()
-        self._tasks = TaskSet()
+        self._connections = Connections(network, router, config, self._hear, self._on_lost)
 
     @property
     def length(self) -> int:
@@ -79,11 +69,11 @@ class Session:
     @property
     def route(self) -> Route:
         """The hops that serve the session now."""
-        return Route(tuple(hop.plan for hop in self._hops))
+        return self._hops.route
 
     async def __aenter__(self) -> Self:
         """Build a route and open a session on each of its hops. Raises MissingBlocksError when there is none."""
-        self._tasks.spawn(self._keep_alive(), f"pings of session {self._id}")
+        self._connections.start(lambda: self._hops.everybody, f"session {self._id}")
         try:
             await self._until_it_works(self._mend)
         except BaseException:
@@ -98,10 +88,10 @@ class Session:
 
     async def close(self) -> None:
         """End the session on every hop. May be called twice."""
-        hops, self._hops = self._hops, []
-        await self._tasks.close()
-        await asyncio.gather(*(self._leave(hop) for hop in hops))
-        self._forget_in_flight()
+        for hop in self._hops.clear():
+            self._connections.leave(hop)
+        self._flights.forget()
+        await self._connections.close()
 
     async def forward(self, rows: Tensor, *, position: int | None = None, keep: int = 1) -> Tensor:
         """Send `rows`, (tokens, hidden), through all blocks; returns the last `keep` of what comes out.
@@ -123,57 +113,65 @@ class Session:
     # --- steps -------------------------------------------------------------------------------------------------------
 
     async def _advance(self, keep: int, kept: list[Tensor]) -> None:
-        """Send all that is not answered, every chunk at once so that all hops have work; take answers in order."""
+        """Send all that is not answered, several chunks ahead so that all hops have work; take answers in order."""
         await self._mend()
         loop = asyncio.get_running_loop()
-        begin, end = loop.time(), self._inputs.length
-        decoding = end - self._answered == 1
-        steps: list[tuple[int, int]] = []  # number, and the position behind it
-        for position, rows in self._inputs.chunks(self._answered, end, self._config.prompt_chunk_tokens):
-            behind = position + rows.tokens
-            kept_rows = min(max(behind - (end - keep), 0), rows.tokens)
-            steps.append((await self._send_step(position, rows, kept_rows), behind))
-        for number, behind in steps:
-            answer = await self._answer(number)
+        begin, start, end = loop.time(), self._answered, self._inputs.length
+
+        def landed(position: int, answer: Tensor) -> None:
             if answer.tokens:
                 kept.append(answer)
-            self._answered = behind
-        if decoding:
+            self._answered = position
+
+        def wanted(behind: int, tokens: int) -> int:
+            return min(max(behind - (end - keep), 0), tokens)
+
+        await self._send_rows(start, end, wanted, landed)
+        if end - start == 1:
             self._router.saw_step([(hop.plan.peer, len(hop.plan.span)) for hop in self._hops], loop.time() - begin)
 
-    async def _send_step(self, position: int, rows: Tensor, keep: int, replay: int = 0) -> int:
-        number = next(self._steps)
-        self._expect(number, _InFlight(position, keep, self._new_answer(), replay=replay))
-        step = Step(step=number, position=position, keep=keep, hidden=rows, replay=replay)
-        await self._send(self._hops[0], step)
-        return number
+    async def _send_rows(
+        self,
+        start: int,
+        end: int,
+        keep: Callable[[int, int], int],
+        landed: Callable[[int, Tensor], None],
+        replay: int = 0,
+    ) -> None:
+        """Send the rows `[start, end)` in chunks, a bounded number of rows ahead of their answers.
 
-    def _new_answer(self) -> asyncio.Future[Tensor]:
-        return asyncio.get_running_loop().create_future()
-
-    def _expect(self, number: int, flight: _InFlight) -> None:
-        self._in_flight[number] = flight
+        `keep(behind, tokens)` says how many rows of a chunk that ends at `behind` are wanted back; `landed` takes the
+        position behind each chunk that is answered, and its answer.
+        """
+        ahead: deque[tuple[int, int]] = deque()  # number of the step, and the position behind it
+        done = start
+        for position, rows in self._inputs.chunks(start, end, self._config.prompt_chunk_tokens):
+            behind = position + rows.tokens
+            while ahead and behind - done > MAX_ROWS_IN_FLIGHT:
+                number, done = ahead.popleft()
+                landed(done, await self._answer(number))
+            number = next(self._steps)
+            kept = keep(behind, rows.tokens)
+            self._flights.start(number, position, kept, 0, replay)
+            await self._connections.send(
+                self._hops[0], Step(step=number, position=position, keep=kept, hidden=rows, replay=replay)
+            )
+            ahead.append((number, behind))
+        for number, behind in ahead:
+            landed(behind, await self._answer(number))
 
     async def _answer(self, number: int) -> Tensor:
         """Wait for a step. When it is late, look for hops that are silent; those that answer are waited for longer."""
-        flight = self._in_flight[number]
         loop = asyncio.get_running_loop()
         deadline = loop.time() + self._config.step_timeout_s
-        while True:
-            done, _ = await asyncio.wait([flight.answer], timeout=self._config.suspect_after_s)
-            if done:
-                del self._in_flight[number]
-                return flight.answer.result()
-            await self._probe(self._hops)
+        while not await self._flights.landed(number, self._config.suspect_after_s):
+            await self._connections.probe(list(self._hops))
             if loop.time() > deadline:
                 for hop in self._hops:  # all answer pings, yet the step is gone: trust none of them with it again
-                    self._lose(hop, PeerTimeoutError(hop.plan.peer, f"no step in {self._config.step_timeout_s:g} s"))
-
-    def _forget_in_flight(self) -> None:
-        for flight in self._in_flight.values():
-            if not flight.answer.cancel() and not flight.answer.cancelled():
-                flight.answer.exception()  # seen: asyncio reports those that nobody looked at
-        self._in_flight.clear()
+                    self._connections.lose(
+                        hop, PeerTimeoutError(hop.plan.peer, f"no step in {self._config.step_timeout_s:g} s")
+                    )
+        return self._flights.take(number)
 
     # --- failover ----------------------------------------------------------------------------------------------------
 
@@ -187,63 +185,85 @@ class Session:
                 if left == 0:
                     raise
             finally:
-                self._forget_in_flight()
+                self._flights.forget()
         return None
 
     async def _mend(self) -> None:
-        """Make every hop live: relay past broken links, replace what is lost, let newcomers catch up."""
-        for index, hop in enumerate(self._hops):
-            if hop.cut_off:
-                await self._bridge(index)
+        """Make every hop live: relay past broken links, replace what is lost, let newcomers catch up, move away from
+        peers that drain. One thing at a time, until there is nothing left to do.
+        """
         while True:
-            standing = [hop.plan.span for hop in self._hops if hop.lost is None]
-            missing = gaps(standing, self._blocks)
-            if missing:
+            for hop in self._hops.undo_hand_overs():
+                self._connections.leave(hop)
+            cut_off = next((hop for hop in self._hops if hop.cut_off), None)
+            if cut_off is not None:
+                await self._bridge(cut_off)
+            elif missing := self._hops.missing():
                 await self._replace(missing)
-                continue
-            lagging = [index for index, hop in enumerate(self._hops) if hop.lagging]
-            if not lagging:
+            elif misinformed := self._hops.misinformed():
+                await self._inform(misinformed)
+            elif lagging := self._hops.lagging():
+                await self._catch_up(*lagging)
+            elif draining := self._to_hand_over():
+                await self._hand_over(draining)
+            else:
+                for hop in self._hops.end_hand_overs():
+                    self._connections.leave(hop)
                 return
-            first = lagging[0]
-            count = next((n for n, index in enumerate(lagging) if index != first + n), len(lagging))
-            await self._catch_up(first, count)
 
-    async def _bridge(self, index: int) -> None:
+    async def _bridge(self, hop: HopLink) -> None:
         """A hop cannot reach the next one. If we can, we relay; if we cannot either, that one is lost."""
-        hop, following = self._hops[index], self._hops[index + 1]
         hop.cut_off = False
-        await self._probe([following])
+        following = self._hops.after(hop)
+        if hop.lost is not None or following is None:
+            return
+        await self._connections.probe([following])
         if following.lost is None:
             log.info("session %s: relaying from block %d on", self._id, hop.plan.span.end)
             hop.relay = True
-            await self._rewire([hop, following])
 
     async def _replace(self, missing: list[Span]) -> None:
-        """Put new hops where blocks are missing, open them, and tell their neighbours."""
-        lost = [hop for hop in self._hops if hop.lost is not None]
+        """Put new hops where blocks are missing, and open them."""
+        lost = self._hops.drop_lost()
         if lost:
             self.failovers += 1
-        self._hops = [hop for hop in self._hops if hop.lost is None]
-        await asyncio.gather(*(self._leave(hop) for hop in lost))
+        for hop in lost:
+            self._connections.leave(hop)
         planned = await self._router.plan(self._request, missing, patient=self._answered > 0)
-        newcomers = [HopLink(plan, f"{self._id}.{next(self._names)}") for plan in planned]
-        self._hops = sorted([*self._hops, *newcomers], key=lambda hop: hop.plan.span)
-        beside = [
-            hop
-            for index, hop in enumerate(self._hops)
-            if hop not in newcomers and any(other in newcomers for other in self._hops[max(index - 1, 0) : index + 2])
-        ]
-        for hop in beside:
-            hop.relay = False
+        newcomers = self._newcomers(planned)
+        self._hops.insert(newcomers)
         await asyncio.gather(*(self._open(hop) for hop in newcomers))
-        await self._rewire(beside)
         errors = [hop.lost for hop in newcomers if hop.lost is not None]
         if errors:
             raise errors[0]
 
+    def _newcomers(self, planned: list[Hop]) -> list[HopLink]:
+        return [HopLink(plan, f"{self._id}.{next(self._names)}") for plan in planned]
+
+    def _to_hand_over(self) -> HopLink | None:
+        """A hop that drains, unless nobody could take over from it a moment ago."""
+        now = asyncio.get_running_loop().time()
+        return next((hop for hop in self._hops if hop.draining and hop.stays_until <= now), None)
+
+    async def _hand_over(self, old: HopLink) -> None:
+        """Put others in the place of a hop that drains, if there are any; it waits aside until they have caught up."""
+        old.stays_until = asyncio.get_running_loop().time() + HAND_OVER_RETRY_S
+        going = {hop.plan.peer for hop in self._hops if hop.draining}
+        request = replace(self._request, exclude=self._request.exclude | going)
+        try:
+            planned = await self._router.plan(request, [old.plan.span], patient=False)
+        except SwarmError as error:
+            log.info("session %s stays on %s until it goes: %s", self._id, old.plan.peer, error.message)
+            return
+        if old not in self._hops or old.lost is not None:
+            return
+        newcomers = self._newcomers(planned)
+        self._hops.begin_hand_over(old, newcomers)
+        await asyncio.gather(*(self._open(hop) for hop in newcomers))
+
     async def _open(self, hop: HopLink) -> None:
         """Open the session on a new hop; it is lost at once when that fails."""
-        sides = self._sides(hop)
+        sides = self._hops.sides(hop)
         request = Open(
             session=hop.session,
             digest=self._request.digest,
@@ -254,138 +274,82 @@ class Session:
             upstream=sides.upstream,
             downstream=sides.downstream,
         )
-        try:
-            await hop.open(self._network, request, self._config.open_timeout_s)
-            await hop.send_ping()
-        except PeerError as error:
-            self._lose(hop, error)
-        else:
-            hop.ticket = self._router.opened(hop.plan.peer, self._request.kv_tokens)
-            self._tasks.spawn(self._listen(hop), f"answers of {hop.session}")
+        await self._connections.open(hop, request)
 
-    async def _rewire(self, hops: list[HopLink]) -> None:
+    async def _inform(self, hops: list[HopLink]) -> None:
+        """Tell hops who their neighbours are, and wait until they have heard it: steps must not overtake that."""
         for hop in hops:
-            await self._send(hop, self._sides(hop))
-
-    def _sides(self, hop: HopLink) -> Reroute:
-        """From whom a hop takes steps and to whom it sends them, as the route stands."""
-        index = self._hops.index(hop)
-        before = self._hops[index - 1] if index else None
-        after = self._hops[index + 1] if index + 1 < len(self._hops) else None
-        return Reroute(
-            upstream=before.plan.peer if before is not None and not before.relay else None,
-            downstream=after.as_next if after is not None and not hop.relay else None,
-            relay=hop.relay,
-        )
+            sides = self._hops.sides(hop)
+            await self._connections.send(hop, sides)
+            hop.told = sides
+        await self._connections.probe(hops)
+        for hop in hops:
+            if hop.lost is not None:
+                raise hop.lost
 
     async def _catch_up(self, first: int, count: int) -> None:
         """Let the hops `[first, first + count)` compute what has been answered, from what the hop before them sent."""
         until, chunk = self._answered, self._config.prompt_chunk_tokens
-        if until:
-            numbers: list[int] = []
-            if first == 0:
-                for position, rows in self._inputs.chunks(0, until, chunk):
-                    numbers.append(await self._send_step(position, rows, keep=0, replay=count))
-            else:
-                numbers = [next(self._steps) for _ in range(0, until, chunk)]
-                for index, number in enumerate(numbers):
-                    self._expect(number, _InFlight(index * chunk, 0, self._new_answer(), first, count))
-                request = Replay(step=numbers[0], until=until, chunk=chunk, hops=count)
-                await self._send(self._hops[first - 1], request)
+        catching_up = [self._hops[index] for index in range(first, first + count)]
+        if until and first == 0:
+            await self._send_rows(0, until, lambda behind, tokens: 0, lambda behind, answer: None, replay=count)
+        elif until:
+            numbers = [next(self._steps) for _ in range(0, until, chunk)]
+            for index, number in enumerate(numbers):
+                self._flights.start(number, index * chunk, 0, first, count)
+            await self._connections.send(
+                self._hops[first - 1], Replay(step=numbers[0], until=until, chunk=chunk, hops=count)
+            )
             for number in numbers:
                 await self._answer(number)
-            self.replayed_tokens += until
-        for hop in self._hops[first : first + count]:
+        self.replayed_tokens += until
+        for hop in catching_up:
             hop.lagging = False
 
     # --- what the hops say -------------------------------------------------------------------------------------------
 
-    async def _listen(self, hop: HopLink) -> None:
-        """Take a hop's messages until it is lost."""
-        try:
-            while True:
-                await self._hear(hop, await hop.receive())
-        except PeerError as error:
-            self._lose(hop, error)
-
-    async def _hear(self, hop: HopLink, message: AnyMessage) -> None:
+    def _hear(self, hop: HopLink, message: AnyMessage) -> None:
         match message:
-            case Pong():
-                self._router.saw_rtt(hop.plan.peer, hop.hear_pong())
             case Result():
-                flight = self._in_flight.get(message.step)
-                if flight is None or flight.answer.done():
+                flight = self._flights.waiting(message.step)
+                if flight is None or hop not in self._hops:
                     return  # of a step that has been sent anew since
-                if hop.relay:
-                    await self._pass_on(hop, message, flight)
-                else:
-                    flight.answer.set_result(message.hidden)
-            case Failed(code="next_hop_lost") if message.step in self._in_flight:
+                self._take(hop, message, flight)
+            case Draining():
+                log.info("session %s: %s drains", self._id, hop.plan.peer)
+                hop.draining = True
+            case Failed(code="next_hop_lost") if message.step in self._flights:
                 hop.cut_off = True
-                self._fail(as_error(hop.plan.peer, message))
-            case Failed() if message.step is None or message.step in self._in_flight:
+                self._flights.fail(as_error(hop.plan.peer, message))
+            case Failed() if message.step is None or message.step in self._flights:
                 error = as_error(hop.plan.peer, message)
                 if isinstance(error, PeerError):
-                    self._lose(hop, error)
+                    self._connections.lose(hop, error)
                 else:
-                    self._fail(error)
+                    self._flights.fail(error)
             case Failed():
                 log.debug("session %s: a stale failure: %s", self._id, message.message)
             case _:
-                self._lose(hop, PeerFaultError(hop.plan.peer, f"sent {type(message).__name__}"))
+                self._connections.lose(hop, PeerFaultError(hop.plan.peer, f"sent {type(message).__name__}"))
 
-    async def _pass_on(self, hop: HopLink, result: Result, flight: _InFlight) -> None:
-        """Relay a hop's rows to the next hop - unless the replay ends here, which makes them an answer."""
+    def _take(self, hop: HopLink, result: Result, flight: Flight) -> None:
+        """Rows from a hop: an answer if they come from where the step ends, or to be relayed to the next hop."""
         following = self._hops.index(hop) + 1
-        left = max(flight.replay - max(following - flight.first, 0), 0)
-        if flight.replay and not left:
-            flight.answer.set_result(result.hidden)
-            return
-        step = Step(step=result.step, position=flight.position, keep=flight.keep, hidden=result.hidden, replay=left)
-        await self._send(self._hops[following], step)
+        ends_at = flight.first + flight.replay if flight.replay else len(self._hops)
+        if following == ends_at:
+            if result.hidden.tokens != flight.keep and not hop.relay:
+                self._connections.lose(hop, PeerFaultError(hop.plan.peer, f"answered {result.hidden.tokens} rows"))
+            else:
+                flight.answer.set_result(result.hidden)
+        elif hop.relay and following < ends_at:
+            left = max(ends_at - following, 0) if flight.replay else 0
+            step = Step(step=result.step, position=flight.position, keep=flight.keep, hidden=result.hidden, replay=left)
+            self._connections.relay(self._hops[following], step)
+        else:
+            self._connections.lose(hop, PeerFaultError(hop.plan.peer, "answered in the place of another hop"))
 
-    async def _send(self, hop: HopLink, message: AnyMessage) -> None:
-        try:
-            await hop.send(message)
-        except PeerError as error:
-            self._lose(hop, error)
-            raise
-
-    def _lose(self, hop: HopLink, error: PeerError) -> None:
-        """A hop can no longer be used. Whatever is in the air fails, so that the route is mended."""
-        if hop.lost is not None or hop not in self._hops:
-            return
-        hop.lost = error
-        self._router.lost(hop.plan.peer, error)
-        self._fail(error)
-
-    def _fail(self, error: LLMasOSError) -> None:
-        for flight in self._in_flight.values():
-            if not flight.answer.done():
-                flight.answer.set_exception(error)
-
-    async def _probe(self, hops: list[HopLink]) -> None:
-        """Ping hops; those that do not answer in time are lost."""
-
-        async def probe(hop: HopLink) -> None:
-            try:
-                await hop.ping()
-            except PeerError as error:
-                self._lose(hop, error)
-
-        await asyncio.gather(*(probe(hop) for hop in hops if hop.lost is None))
-
-    async def _keep_alive(self) -> None:
-        """Renew the leases. Who does not answer is found by the next step."""
-        while True:
-            await asyncio.sleep(PING_EVERY_S)
-            for hop in [hop for hop in self._hops if hop.ticket is not None and hop.lost is None]:
-                try:
-                    await hop.send_ping()
-                except PeerError as error:
-                    self._lose(hop, error)
-
-    async def _leave(self, hop: HopLink) -> None:
-        if hop.ticket is not None:
-            self._router.closed(hop.ticket, well=hop.lost is None)
-        await hop.hang_up()
+    def _on_lost(self, hop: HopLink, error: PeerError) -> None:
+        """Whatever is in the air fails, so that the route is mended; a hop that we have left is no loss."""
+        if hop in self._hops:
+            self._router.lost(hop.plan.peer, error)
+            self._flights.fail(error)

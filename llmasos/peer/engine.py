@@ -48,6 +48,13 @@ class Engine:
         self._pending[session, step] = _Pending(span, hidden, done)
         self._wake.set()
 
+    def abandon(self, session: str) -> None:
+        """Drop what a session has queued; a step that a pass is working on is finished."""
+        self.scheduler.abandon(session, running=session in self._running)
+        left = set(self.scheduler.steps_of(session))
+        for key in [key for key in self._pending if key[0] == session and key[1] not in left]:
+            del self._pending[key]
+
     def release(self, session: str) -> None:
         """Forget a session: its queued steps, its reservation and its kv, as soon as no pass uses it."""
         self._drop_steps(session)

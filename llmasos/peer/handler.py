@@ -22,6 +22,7 @@ from llmasos.wire import (
     AnyMessage,
     Attach,
     Close,
+    Draining,
     Failed,
     FrameError,
     Open,
@@ -49,7 +50,7 @@ class Served:
 
 
 class Handler:
-    """Serves inbound streams. Set `draining` to refuse new sessions and let the running ones finish."""
+    """Serves inbound streams."""
 
     def __init__(self, network: Network, engine: Engine, served: Served) -> None:
         self.draining = False
@@ -64,6 +65,12 @@ class Handler:
     def sessions(self) -> int:
         """How many sessions are open."""
         return len(self._sessions)
+
+    def drain(self) -> None:
+        """Refuse new sessions, and ask the clients of the running ones to move them elsewhere."""
+        self.draining = True
+        for session in self._sessions.values():
+            session.tell(Draining())
 
     async def wait_until_idle(self) -> None:
         """Return once no session is open."""
@@ -106,20 +113,20 @@ class Handler:
             await stream.send(encode(Failed(code="refused", message=str(error), retry_after_s=1.0)))
             return
         session = PeerSession(key, request, stream, self._network, self._engine)
-        async with self._arrivals:
-            self._sessions[request.session] = session
-            self._arrivals.notify_all()
-        sender = asyncio.create_task(session.serve_outbox(), name=f"outbox of session {request.session}")
+        session.tell(Opened(kv_free_tokens=self._engine.scheduler.kv_free_tokens))
+        self._sessions[request.session] = session
         try:
-            await stream.send(encode(Opened(kv_free_tokens=self._engine.scheduler.kv_free_tokens)))
+            await self._notify()
             await self._read_client(stream, session)
         finally:
-            sender.cancel()
-            await asyncio.gather(sender, return_exceptions=True)
             del self._sessions[request.session]
             await session.close()
-            async with self._arrivals:
-                self._arrivals.notify_all()
+            await self._notify()
+
+    async def _notify(self) -> None:
+        """Somebody has come or gone."""
+        async with self._arrivals:
+            self._arrivals.notify_all()
 
     def _refusal(self, request: Open) -> Failed | None:
         """Why a session cannot be opened here; None when it can. Asked in order, the first answer counts."""
@@ -171,15 +178,18 @@ class Handler:
             await stream.send(encode(Failed(code="unknown_session", message="no such session here")))
             return
         session.attach(stream)
-        while True:
-            message = decode(await stream.receive())
-            if not isinstance(message, Step):
-                await _refuse(stream, f"a hop cannot send {type(message).__name__}")
-                return
-            if session.upstream != stream.peer:
-                await _refuse(stream, "this session takes no steps from you")
-                return
-            await session.accept(message)
+        try:
+            while True:
+                message = decode(await stream.receive())
+                if not isinstance(message, Step):
+                    await _refuse(stream, f"a hop cannot send {type(message).__name__}")
+                    return
+                if session.upstream != stream.peer:
+                    await _refuse(stream, "this session takes no steps from you")
+                    return
+                await session.accept(message)
+        finally:
+            session.detach(stream)
 
     async def _session(self, name: str) -> PeerSession | None:
         """The session of that name, waiting a little for one whose `Open` is still on its way."""

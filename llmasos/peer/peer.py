@@ -65,10 +65,10 @@ class Peer:
         await asyncio.shield(self._failed)
 
     async def drain(self) -> None:
-        """Take no new session, and give the running ones `drain_timeout_s` to end."""
+        """Take no new session, and give the running ones `drain_timeout_s` to move elsewhere or to end."""
         if self.handler.draining:
             return
-        self.handler.draining = True
+        self.handler.drain()
         await self.announcer.announce(PeerState.DRAINING)
         if self.handler.sessions:
             log.info("draining: %d sessions still run", self.handler.sessions)

@@ -152,13 +152,18 @@ class Scheduler:
             if piece.completes:
                 entry.queue.popleft()
 
-    def abandon(self, session: str) -> None:
-        """Drop what a session has queued, keeping what it has cached: one of its steps failed, and those behind it
-        would build on what is not there.
+    def steps_of(self, session: str) -> list[int]:
+        """The steps of a session that wait or run, in order."""
+        entry = self._sessions.get(session)
+        return [work.step for work in entry.queue] if entry else []
+
+    def abandon(self, session: str, *, running: bool = False) -> None:
+        """Drop what a session has queued, keeping what it has cached: one of its steps failed and those behind it
+        would build on what is not there, or nobody waits for them. `running`: the first is in a pass, and stays.
         """
         entry = self._sessions.get(session)
-        if entry:
-            entry.queue.clear()
+        while entry and len(entry.queue) > running:
+            entry.queue.pop()
 
     def release(self, session: str) -> None:
         """The session is over; its room is free at once. Unknown sessions are ignored."""

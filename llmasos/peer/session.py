@@ -1,24 +1,31 @@
-"""One session on one peer: what it may compute, where its rows come from and where they go."""
+"""One session on one peer: what it may compute, where its rows come from and where they go.
+
+Every step is computed once. What it became stays in two records: the rows by their position, for as long as the session
+lives, so that another peer can be brought up to date; and the latest outputs by the number of their step, so that a
+step that comes again is answered as it was the first time.
+"""
 
 import asyncio
 import logging
+from collections import OrderedDict
 from dataclasses import dataclass
 
-from llmasos.config import MAX_PENDING_TOKENS
+from llmasos.config import MAX_PENDING_TOKENS, RECORDED_STEPS, SESSION_LEASE_S
 from llmasos.errors import ConnectionLostError, short_id
 from llmasos.history import History
 from llmasos.network import Network, Stream
 from llmasos.peer.engine import Engine
+from llmasos.peer.link import Link, Outbox
 from llmasos.peer.runner import Fault
 from llmasos.peer.scheduler import GapError, KvFullError
 from llmasos.span import Span
+from llmasos.tasks import TaskSet
 from llmasos.wire import (
     MAX_MESSAGE_CHARS,
-    PROTOCOL,
     AnyMessage,
-    Attach,
     ErrorCode,
     Failed,
+    NextHop,
     Open,
     Replay,
     Reroute,
@@ -33,158 +40,181 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class _Output:
-    """The rows that one step became, on their way to whom they concern."""
+    """The rows that a step became, and what the step said about them."""
 
-    step: Step
+    step: int
+    position: int
+    keep: int
+    replay: int
     rows: Tensor
 
 
 class PeerSession:
     """Takes steps in, hands them to the engine, and sends what comes out to the next hop or the client.
 
-    `serve_outbox()` must run while the session lives. Failures are always told to the client, whoever sent the step.
+    Failures are always told to the client, whoever sent the step. `close()` must be awaited at the end.
     """
 
     def __init__(self, key: str, request: Open, client: Stream, network: Network, engine: Engine) -> None:
         self.key = key
         self.span = Span(request.start, request.end)
         self.upstream = request.upstream
-        self._onward = Reroute(downstream=request.downstream, relay=request.relay)
         self._client = client
         self._network = network
         self._engine = engine
         self._outputs = History()
+        self._record: OrderedDict[int, _Output] = OrderedDict()
         self._last_step = -1
-        self._last_answer: Result | None = None
-        self._outbox: asyncio.Queue[AnyMessage | _Output | Replay] = asyncio.Queue()
-        self._link: Stream | None = None
+        self._wanted_from = 0  # steps below this are no longer waited for: the client has rerouted since
         self._room = asyncio.Event()
-        self._session_id = request.session
-        self._upstream_streams: list[Stream] = []
+        self._upstream_streams: dict[Stream, None] = {}
         self._closed = False
+        self._tasks = TaskSet()
+        self._answers = Outbox(self._tell_client, self._room.set)
+        self._tasks.spawn(self._answer_client(), f"answers of session {key}")
+        self._relay = request.relay
+        self._link: Link | None = None
+        self._link_task: asyncio.Task[None] | None = None
+        self._link_to(request.downstream)
 
     def attach(self, stream: Stream) -> None:
         """A stream of the previous hop; it ends when the session does."""
-        self._upstream_streams.append(stream)
+        self._upstream_streams[stream] = None
+
+    def detach(self, stream: Stream) -> None:
+        """That stream has ended."""
+        self._upstream_streams.pop(stream, None)
+
+    def tell(self, message: AnyMessage) -> None:
+        """Send the client a message, behind those that wait already."""
+        self._answers.put(message)
 
     async def accept(self, step: Step) -> None:
-        """Queue a step; a repeated one is answered from the record. Waits while too much of the session is queued."""
-        if step.step <= self._last_step:
-            if self._last_answer is not None and self._last_answer.step == step.step:
-                self._outbox.put_nowait(self._last_answer)
-            return
-        while self._engine.scheduler.queued_tokens_of(self.key) > MAX_PENDING_TOKENS:
+        """Queue a step; a repeated one is answered from the record. Waits while too much of the session is under way.
+
+        Raises TimeoutError when nothing of it moves for a lease: nobody takes what we send.
+        """
+        while self._rows_under_way > MAX_PENDING_TOKENS:
             self._room.clear()
-            await self._room.wait()
+            async with asyncio.timeout(SESSION_LEASE_S):
+                await self._room.wait()
         if self._closed:
             return
+        if step.step <= self._last_step:
+            known = self._record.get(step.step)
+            if known is not None:
+                self._send(known)
+            return  # else it is under way, or so old that nobody waits for it any more
         self._last_step = step.step
+        if not step.hidden.tokens:
+            self._fail(step.step, "bad_request", "a step has at least one row")
+            return
+        number, position, keep, replay = step.step, step.position, step.keep, step.replay
+
+        def done(rows: Tensor | Fault) -> None:
+            self._finish(number, position, keep, replay, rows)
+
         try:
-            self._engine.submit(
-                self.key, self.span, step.step, step.position, step.hidden, lambda rows: self._finish(step, rows)
-            )
+            self._engine.submit(self.key, self.span, number, position, step.hidden, done)
         except GapError as error:
-            self._fail(step, "bad_request", str(error))
+            self._fail(number, "bad_request", str(error))
         except KvFullError as error:
-            self._fail(step, "refused", str(error))
+            self._fail(number, "refused", str(error))
 
     def reroute(self, change: Reroute) -> None:
-        """The client has put other peers beside this one. Output that waits already still goes the old way."""
+        """The client has put other peers beside this one, and waits for none of the steps that are under way."""
         self.upstream = change.upstream
-        self._outbox.put_nowait(change)
+        self._relay = change.relay
+        self._wanted_from = self._last_step + 1
+        self._engine.abandon(self.key)
+        self._link_to(change.downstream)
+        self._room.set()
 
     def replay(self, request: Replay) -> None:
-        """Send the next hop what it has to catch up with."""
-        self._outbox.put_nowait(request)
-
-    async def serve_outbox(self) -> None:
-        """Send, in order, until the client is gone."""
-        try:
-            while True:
-                match await self._outbox.get():
-                    case _Output() as output:
-                        await self._send_output(output.step, output.rows)
-                    case Replay() as request:
-                        await self._send_replay(request)
-                    case Reroute() as change:
-                        await self._close_link()
-                        self._onward = change
-                    case message:
-                        await self._client.send(encode(message))
-        except ConnectionLostError:
-            log.debug("session %s: its client has gone", self._session_id)
-        finally:
-            await self._close_link()
+        """Send the next hop (or the client, if it relays) what that has to catch up with."""
+        if request.until > self._outputs.length:
+            message = f"asked to replay {request.until} rows of {self._outputs.length}"
+            self._fail(request.step, "bad_request", message)
+            return
+        chunks = enumerate(self._outputs.copy().chunks(0, request.until, request.chunk), start=request.step)
+        if self._link is None:
+            self._answers.put_later(Result(step=number, hidden=rows) for number, (_, rows) in chunks)
+            return
+        self._link.outbox.put_later(
+            Step(step=number, position=position, keep=0, hidden=rows, replay=request.hops)
+            for number, (position, rows) in chunks
+        )
 
     async def close(self) -> None:
         """Free what the session holds here."""
         self._closed = True
         self._engine.release(self.key)
         self._room.set()
-        for stream in self._upstream_streams:
+        await self._tasks.close()
+        for stream in list(self._upstream_streams):
             await stream.close()
 
     # --- what the engine made of a step ----------------------------------------------------------------------------
 
-    def _finish(self, step: Step, rows: Tensor | Fault) -> None:
+    @property
+    def _rows_under_way(self) -> int:
+        """Rows that are queued, computed or not; a message without rows counts as one."""
+        linked = self._link.outbox.rows if self._link is not None else 0
+        return self._engine.scheduler.queued_tokens_of(self.key) + linked + self._answers.rows
+
+    def _finish(self, number: int, position: int, keep: int, replay: int, rows: Tensor | Fault) -> None:
         self._room.set()
         if isinstance(rows, Fault):
-            self._fail(step, "bad_request" if rows.sender else "fault", rows.message)
+            self._fail(number, "bad_request" if rows.sender else "fault", rows.message)
             return
-        self._outputs.write(step.position, rows)
-        self._outbox.put_nowait(_Output(step, rows))
+        self._outputs.write(position, rows)
+        output = self._record[number] = _Output(number, position, keep, replay, rows)
+        if len(self._record) > RECORDED_STEPS:
+            self._record.popitem(last=False)
+        if number >= self._wanted_from:
+            self._send(output)
 
-    def _fail(self, step: Step, code: ErrorCode, message: str) -> None:
-        self._outbox.put_nowait(Failed(code=code, message=message[:MAX_MESSAGE_CHARS], step=step.step))
+    def _fail(self, step: int, code: ErrorCode, message: str) -> None:
+        self.tell(Failed(code=code, message=message[:MAX_MESSAGE_CHARS], step=step))
 
     # --- sending ---------------------------------------------------------------------------------------------------
 
-    async def _send_output(self, step: Step, rows: Tensor) -> None:
-        if self._onward.downstream is not None and step.replay != 1:
-            onward = Step(
-                step=step.step,
-                position=step.position,
-                keep=step.keep,
-                hidden=rows,
-                replay=max(step.replay - 1, 0),
+    def _send(self, output: _Output) -> None:
+        """To the next hop; to the client where there is none, or where a replay ends."""
+        rows, replay = output.rows, output.replay
+        if self._link is not None and replay != 1:
+            self._link.outbox.put(
+                Step(
+                    step=output.step,
+                    position=output.position,
+                    keep=output.keep,
+                    hidden=rows,
+                    replay=max(replay - 1, 0),
+                )
             )
-            await self._push(onward)
             return
-        if not self._onward.relay or step.replay == 1:
-            rows = rows.rows(max(rows.tokens - step.keep, 0), rows.tokens)
-        self._last_answer = Result(step=step.step, hidden=rows)
-        await self._client.send(encode(self._last_answer))
+        if not self._relay or replay == 1:
+            rows = rows.rows(max(rows.tokens - output.keep, 0), rows.tokens)
+        self.tell(Result(step=output.step, hidden=rows))
 
-    async def _send_replay(self, request: Replay) -> None:
-        if request.until > self._outputs.length:
-            message = f"asked to replay {request.until} rows of {self._outputs.length}"
-            await self._client.send(encode(Failed(code="bad_request", message=message, step=request.step)))
-            return
-        for index, (position, rows) in enumerate(self._outputs.chunks(0, request.until, request.chunk)):
-            number = request.step + index
-            if self._onward.downstream is None:
-                await self._client.send(encode(Result(step=number, hidden=rows)))
-            elif not await self._push(Step(step=number, position=position, keep=0, hidden=rows, replay=request.hops)):
-                return
+    def _link_to(self, target: NextHop | None) -> None:
+        """Send onward to `target` from now on. What waits on the way to another one is dropped."""
+        if self._link_task is not None:
+            self._link_task.cancel()
+        self._link, self._link_task = None, None
+        if target is not None:
+            self._link = Link(self._network, target, self._room.set, self._report_unsent)
+            self._link_task = self._tasks.spawn(self._link.serve(), f"link of session {self.key}")
 
-    async def _push(self, step: Step) -> bool:
-        """Send a step to the next hop. Tells the client when that hop cannot be reached."""
-        onward = self._onward.downstream
-        assert onward is not None, "a hop without a next one has nothing to push to"
+    def _report_unsent(self, step: Step, error: ConnectionLostError) -> None:
+        message = f"cannot reach {short_id(error.peer)}: {error.reason}"[:MAX_MESSAGE_CHARS]
+        self.tell(Failed(code="next_hop_lost", message=message, step=step.step, peer=error.peer))
+
+    async def _tell_client(self, message: AnyMessage) -> None:
+        await self._client.send(encode(message))
+
+    async def _answer_client(self) -> None:
         try:
-            if self._link is None:
-                self._link = await self._network.connect(onward.contact, PROTOCOL)
-                await self._link.send(encode(Attach(session=onward.session)))
-            await self._link.send(encode(step))
-        except ConnectionLostError as error:
-            await self._close_link()
-            lost = onward.contact.peer
-            message = f"cannot reach {short_id(lost)}: {error.reason}"[:MAX_MESSAGE_CHARS]
-            await self._client.send(encode(Failed(code="next_hop_lost", message=message, step=step.step, peer=lost)))
-            return False
-        return True
-
-    async def _close_link(self) -> None:
-        link, self._link = self._link, None
-        if link is not None:
-            await link.close()
+            await self._answers.serve()
+        except ConnectionLostError:
+            log.debug("the client of session %s has gone", self.key)

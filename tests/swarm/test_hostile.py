@@ -16,6 +16,7 @@ from llmasos.wire import (
     Attach,
     Close,
     Contact,
+    Draining,
     Failed,
     NextHop,
     Open,
@@ -258,6 +259,7 @@ def test_a_draining_peer_takes_no_new_session_and_waits_for_those_it_has() -> No
                 answer = await ask(late, opening(session="late"))
                 assert isinstance(answer, Failed)
                 assert (answer.code, "draining" in answer.message) == ("refused", True)
+                assert isinstance(decode(await stream.receive()), Draining)
                 assert isinstance(await ask(stream, step(0, 0, [1])), Result)
                 assert not stopping.done()
                 await stream.send(encode(Close()))

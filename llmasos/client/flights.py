@@ -1,0 +1,60 @@
+"""Steps that are under way, and what becomes of them."""
+
+import asyncio
+from dataclasses import dataclass
+
+from llmasos.errors import LLMasOSError
+from llmasos.wire import Tensor
+
+
+@dataclass(slots=True)
+class Flight:
+    """A step that has no answer yet. `replay` hops from the index `first` on take part when it is a replay."""
+
+    position: int
+    keep: int
+    answer: asyncio.Future[Tensor]
+    first: int = 0
+    replay: int = 0
+
+
+class Flights:
+    """The steps of one session that are in the air, by their number."""
+
+    def __init__(self) -> None:
+        self._flights: dict[int, Flight] = {}
+
+    def __contains__(self, number: int | None) -> bool:
+        return number in self._flights
+
+    def start(self, number: int, position: int, keep: int, first: int = 0, replay: int = 0) -> None:
+        """Expect an answer to that step."""
+        answer: asyncio.Future[Tensor] = asyncio.get_running_loop().create_future()
+        self._flights[number] = Flight(position, keep, answer, first, replay)
+
+    def waiting(self, number: int) -> Flight | None:
+        """The flight of that number, while it has neither an answer nor an error."""
+        flight = self._flights.get(number)
+        return flight if flight is not None and not flight.answer.done() else None
+
+    async def landed(self, number: int, timeout_s: float) -> bool:
+        """Wait for the answer to a step, but no longer than that."""
+        done, _ = await asyncio.wait([self._flights[number].answer], timeout=timeout_s)
+        return bool(done)
+
+    def take(self, number: int) -> Tensor:
+        """The answer to a step that has landed. Raises what it failed with."""
+        return self._flights.pop(number).answer.result()
+
+    def fail(self, error: LLMasOSError) -> None:
+        """Nothing that is in the air will arrive."""
+        for flight in self._flights.values():
+            if not flight.answer.done():
+                flight.answer.set_exception(error)
+
+    def forget(self) -> None:
+        """Nobody waits any more."""
+        for flight in self._flights.values():
+            if not flight.answer.cancel() and not flight.answer.cancelled():
+                flight.answer.exception()  # seen: asyncio reports those that nobody looked at
+        self._flights.clear()

@@ -1,0 +1,143 @@
+"""The hops of a session, in the order of their blocks: who stands beside whom, and what is missing.
+
+Bookkeeping only, nothing is sent here. What a hop ought to know of its neighbours follows from the list (`sides`), and
+what it was last told stands with it (`HopLink.told`): whoever is told something else than it should know is told anew.
+"""
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+
+from llmasos.client.hop import HopLink
+from llmasos.routing.planner import Route
+from llmasos.span import Span, gaps
+from llmasos.wire import Reroute
+
+
+@dataclass(frozen=True, slots=True)
+class HandOver:
+    """A hop that drains, set aside until the newcomers in its place have caught up."""
+
+    old: HopLink
+    newcomers: list[HopLink]
+
+
+class Hops:
+    """What a session is routed through, and who waits aside."""
+
+    def __init__(self, blocks: int) -> None:
+        self._blocks = blocks
+        self._hops: list[HopLink] = []
+        self._aside: list[HandOver] = []
+
+    def __iter__(self) -> Iterator[HopLink]:
+        return iter(list(self._hops))
+
+    def __len__(self) -> int:
+        return len(self._hops)
+
+    def __getitem__(self, index: int) -> HopLink:
+        return self._hops[index]
+
+    def __contains__(self, hop: HopLink) -> bool:
+        return hop in self._hops
+
+    @property
+    def route(self) -> Route:
+        """As it stands."""
+        return Route(tuple(hop.plan for hop in self._hops))
+
+    @property
+    def everybody(self) -> list[HopLink]:
+        """Those aside included."""
+        return [*self._hops, *(pair.old for pair in self._aside)]
+
+    def index(self, hop: HopLink) -> int:
+        return self._hops.index(hop)
+
+    def after(self, hop: HopLink) -> HopLink | None:
+        """The next hop; None behind the last."""
+        behind = self._hops.index(hop) + 1
+        return self._hops[behind] if behind < len(self._hops) else None
+
+    def missing(self) -> list[Span]:
+        """The blocks that no hop in good standing has."""
+        return gaps((hop.plan.span for hop in self._hops if hop.lost is None), self._blocks)
+
+    def lagging(self) -> tuple[int, int] | None:
+        """The first run of hops that have to catch up, as (index, count)."""
+        flags = [hop.lagging for hop in self._hops]
+        if True not in flags:
+            return None
+        first = flags.index(True)
+        return first, next((n for n, flag in enumerate(flags[first:]) if not flag), len(flags) - first)
+
+    def misinformed(self) -> list[HopLink]:
+        """Those whose neighbours are not those that they know of."""
+        return [hop for hop in self._hops if hop.told != self.sides(hop)]
+
+    def sides(self, hop: HopLink) -> Reroute:
+        """From whom a hop takes steps and to whom it sends them, as the route stands."""
+        index = self._hops.index(hop)
+        before = self._hops[index - 1] if index else None
+        after = self.after(hop)
+        return Reroute(
+            upstream=before.plan.peer if before is not None and not before.relay else None,
+            downstream=after.as_next if after is not None and not hop.relay else None,
+            relay=hop.relay,
+        )
+
+    # --- changes ------------------------------------------------------------------------------------------------------
+
+    def clear(self) -> list[HopLink]:
+        """Take everybody out; returns them."""
+        everybody = self.everybody
+        self._hops, self._aside = [], []
+        return everybody
+
+    def drop_lost(self) -> list[HopLink]:
+        """Take out those that are lost; returns them. Their neighbours relay no more."""
+        lost = [hop for hop in self._hops if hop.lost is not None]
+        for hop in lost:
+            self._end_relays_beside(hop)
+        self._hops = [hop for hop in self._hops if hop.lost is None]
+        return lost
+
+    def insert(self, newcomers: Iterable[HopLink]) -> None:
+        """Put hops where blocks are missing."""
+        self._hops = sorted([*self._hops, *newcomers], key=lambda hop: hop.plan.span)
+
+    def begin_hand_over(self, old: HopLink, newcomers: list[HopLink]) -> None:
+        """Put the newcomers in the place of `old`, which stands aside."""
+        self._end_relays_beside(old)
+        self._hops.remove(old)
+        self.insert(newcomers)
+        self._aside.append(HandOver(old, newcomers))
+
+    def undo_hand_overs(self) -> list[HopLink]:
+        """Where a newcomer is lost and the old hop still stands, put it back; returns those who leave for it.
+
+        Nothing was answered meanwhile, so it lags behind in nothing.
+        """
+        leaving: list[HopLink] = []
+        for pair in list(self._aside):
+            if pair.old.lost is None and any(hop.lost is not None for hop in pair.newcomers):
+                self._aside.remove(pair)
+                for hop in pair.newcomers:
+                    if hop in self._hops:
+                        self._end_relays_beside(hop)
+                self._hops = [hop for hop in self._hops if hop not in pair.newcomers]
+                self.insert([pair.old])
+                leaving += pair.newcomers
+        return leaving
+
+    def end_hand_overs(self) -> list[HopLink]:
+        """The newcomers have caught up; returns those who can go."""
+        leaving = [pair.old for pair in self._aside]
+        self._aside = []
+        return leaving
+
+    def _end_relays_beside(self, hop: HopLink) -> None:
+        """The link that was bridged is gone; the new one is tried directly."""
+        index = self._hops.index(hop)
+        for beside in self._hops[max(index - 1, 0) : index + 1]:
+            beside.relay = False

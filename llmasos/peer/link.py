@@ -1,0 +1,85 @@
+"""The ways out of a session on a peer: to its client, and to the next hop.
+
+What is to be sent waits in an `Outbox`, which counts it, so that a session whose messages nobody takes stops taking
+steps itself. A `Link` is broken for good by its first failure: a step that came through behind one that did not would
+leave a hole in the next hop's cache. The client is told of each step that is not sent, and says what is to be done.
+"""
+
+import asyncio
+import logging
+from collections.abc import Awaitable, Callable, Iterable
+
+from llmasos.errors import ConnectionLostError
+from llmasos.network import Network, Stream
+from llmasos.wire import PROTOCOL, AnyMessage, Attach, NextHop, Result, Step, encode
+
+log = logging.getLogger(__name__)
+
+
+class Outbox:
+    """Messages that wait to be sent, in order. `serve()` must run for that; `moved` is called after each."""
+
+    def __init__(self, send: Callable[[AnyMessage], Awaitable[None]], moved: Callable[[], None]) -> None:
+        self.rows = 0
+        self._send = send
+        self._moved = moved
+        self._waiting: asyncio.Queue[tuple[Iterable[AnyMessage], int]] = asyncio.Queue()
+
+    def put(self, message: AnyMessage) -> None:
+        """Queue a message; it counts as the rows that it holds, and never as nothing."""
+        rows = max(message.hidden.tokens, 1) if isinstance(message, Step | Result) else 1
+        self.rows += rows
+        self._waiting.put_nowait(((message,), rows))
+
+    def put_later(self, messages: Iterable[AnyMessage]) -> None:
+        """Queue messages that are made when their turn comes, one after the other; they count as one row together."""
+        self.rows += 1
+        self._waiting.put_nowait((messages, 1))
+
+    async def serve(self) -> None:
+        """Send until cancelled, or until `send` raises."""
+        while True:
+            messages, rows = await self._waiting.get()
+            for message in messages:
+                await self._send(message)
+            self.rows -= rows
+            self._moved()
+
+
+class Link:
+    """Sends steps to `target` on a stream of its own, opened for the first of them. `serve()` must run meanwhile."""
+
+    def __init__(
+        self,
+        network: Network,
+        target: NextHop,
+        moved: Callable[[], None],
+        unsent: Callable[[Step, ConnectionLostError], None],
+    ) -> None:
+        self.target = target
+        self.outbox = Outbox(self._push, moved)
+        self._network = network
+        self._unsent = unsent
+        self._stream: Stream | None = None
+        self._broken: ConnectionLostError | None = None
+
+    async def serve(self) -> None:
+        """Send until cancelled; then the stream ends."""
+        try:
+            await self.outbox.serve()
+        finally:
+            if self._stream is not None:
+                await self._stream.close()
+
+    async def _push(self, message: AnyMessage) -> None:
+        assert isinstance(message, Step), "a link carries steps and nothing else"
+        try:
+            if self._broken is not None:
+                raise self._broken
+            if self._stream is None:
+                self._stream = await self._network.connect(self.target.contact, PROTOCOL)
+                await self._stream.send(encode(Attach(session=self.target.session)))
+            await self._stream.send(encode(message))
+        except ConnectionLostError as error:
+            self._broken = error
+            self._unsent(message, error)
