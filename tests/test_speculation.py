@@ -29,10 +29,15 @@ def test_nothing_is_guessed_of_what_never_occurred() -> None:
     assert index.guess(3) == []
 
 
+def step(speculator: Speculator, guessed: int, accepted: int, seconds: float) -> None:
+    speculator.time(seconds)
+    speculator.settle(guessed, accepted)
+
+
 def repeating() -> Speculator:
     speculator = Speculator([1, 2, 3, 4, 5, 6, 7] * 6)
     assert speculator.propose(10) == []  # nothing is known of what a step takes
-    speculator.record(0, 0, 0.10)
+    step(speculator, 0, 0, 0.10)
     return speculator
 
 
@@ -41,22 +46,22 @@ def test_right_guesses_make_it_bolder_and_wrong_ones_shyer() -> None:
     assert len(speculator.propose(30)) == FIRST_GUESSES
     for _ in range(4):
         guesses = len(speculator.propose(30))
-        speculator.record(guesses, guesses, 0.11)
+        step(speculator, guesses, guesses, 0.11)
     assert len(speculator.propose(30)) == MAX_GUESSES
     assert len(speculator.propose(3)) == 3
-    speculator.record(MAX_GUESSES, 1, 0.11)
+    step(speculator, MAX_GUESSES, 1, 0.11)
     assert len(speculator.propose(30)) == 2
 
 
 def test_guesses_that_cost_more_than_they_bring_are_given_up_and_tried_again_later() -> None:
     speculator = repeating()
     for _ in range(12):
-        speculator.record(FIRST_GUESSES, 0, 0.15)
+        step(speculator, FIRST_GUESSES, 0, 0.15)
     assert not speculator.pays
     tries = [bool(speculator.propose(8)) for _ in range(2 * PROBE_EVERY)]
     assert sum(tries) == 2
     for _ in range(12):
-        speculator.record(FIRST_GUESSES, FIRST_GUESSES, 0.15)
+        step(speculator, FIRST_GUESSES, FIRST_GUESSES, 0.15)
     assert speculator.pays
     assert speculator.propose(8)
 
@@ -64,5 +69,5 @@ def test_guesses_that_cost_more_than_they_bring_are_given_up_and_tried_again_lat
 def test_a_step_that_costs_nothing_more_pays_with_any_right_guess() -> None:
     speculator = repeating()
     for _ in range(40):
-        speculator.record(2, 1, 0.10)
+        step(speculator, 2, 1, 0.10)
     assert speculator.pays

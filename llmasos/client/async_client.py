@@ -263,7 +263,7 @@ class AsyncLLMasOS:
         """The ends of a model on this machine, loaded when first asked for."""
         async with self._loading:
             if model_name not in self._generators:
-                self._generators[model_name] = await asyncio.to_thread(_load, model_name)
+                self._generators[model_name] = await asyncio.to_thread(_load, model_name, self._config.speculate)
             return self._generators[model_name]
 
     async def _run(self, request: GenerationRequest, model_name: str) -> Generation:
@@ -286,6 +286,6 @@ class AsyncLLMasOS:
         return self._router
 
 
-def _load(model_name: str) -> Generator:
+def _load(model_name: str, speculate: bool) -> Generator:
     spec = resolve(model_name)
-    return Generator(spec, load_ends(spec), load_tokenizer(spec))
+    return Generator(spec, load_ends(spec), load_tokenizer(spec), speculate=speculate)

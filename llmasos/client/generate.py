@@ -4,7 +4,7 @@ The embedding, the final norm and the head stay with the client: token ids and t
 """
 
 import asyncio
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any, Literal, TypeVar
@@ -17,16 +17,15 @@ from llmasos.blocks.grammar import Grammar, Grammars
 from llmasos.blocks.registry import ModelSpec
 from llmasos.blocks.sampling import Sampler, SamplingParams, Scored, score
 from llmasos.blocks.tensors import from_torch, to_torch
+from llmasos.client.head import MAX_ROWS, SharedHead
 from llmasos.client.session import Session
+from llmasos.client.speculation import Speculator
 from llmasos.client.text import Detokenizer, StopText
 from llmasos.errors import MissingBlocksError, UsageError
 
 T = TypeVar("T")
 
 FinishReason = Literal["stop", "length"]
-
-SCORED_ROWS = 64
-"""Rows of a prompt that are scored at once: with 150,000 tokens in a vocabulary they take 40 MB."""
 
 
 TEMPLATE_FAILURES = (TemplateError, TypeError, ValueError, KeyError, AttributeError)
@@ -138,18 +137,52 @@ class Dialogue:
         del self.held[min(len(self.held), len(ids)) if common is None else common :]
 
 
+class _Ahead:
+    """Scores that one step has brought: for the token behind what was sent, and behind each guess sent with it."""
+
+    def __init__(self) -> None:
+        self._guesses: Sequence[int] = ()
+        self._logits: Sequence[torch.Tensor] = ()  # (1, vocab) each
+        self._taken = 0
+
+    def put(self, guesses: Sequence[int], logits: torch.Tensor) -> None:
+        """A step came back: (1 + guesses, vocab)."""
+        self._guesses, self._taken = guesses, 0
+        self._logits = [logits[index : index + 1] for index in range(len(logits))]
+
+    def take(self, last: int) -> torch.Tensor | None:
+        """The next scores, if they still count: those behind a guess do only if the token came as guessed."""
+        taken = self._taken
+        if taken == len(self._logits) or (taken > 0 and self._guesses[taken - 1] != last):
+            return None
+        self._taken += 1
+        return self._logits[taken]
+
+    @property
+    def right(self) -> int:
+        """How many guesses came true."""
+        return max(self._taken - 1, 0)
+
+    @property
+    def guessed(self) -> int:
+        """How many guesses there were."""
+        return len(self._guesses)
+
+
 class Generator:
     """The model's ends on this machine: what turns text into rows and rows into text.
 
     Heavy calls run on one thread of its own, so that the event loop of a process with many generations stays free.
     """
 
-    def __init__(self, spec: ModelSpec, ends: ModelEnds, tokenizer: Any) -> None:
+    def __init__(self, spec: ModelSpec, ends: ModelEnds, tokenizer: Any, *, speculate: bool = True) -> None:
         self.spec = spec
+        self._speculate = speculate
         self.tokenizer = tokenizer
         self._ends = ends
         self._grammars = Grammars(tokenizer, ends.vocab_size, spec.eos_token_ids)
         self._thread = ThreadPoolExecutor(1, "model-ends")
+        self._head = SharedHead(ends, self._thread)
 
     @property
     def has_chat_template(self) -> bool:
@@ -204,7 +237,7 @@ class Generator:
 
     async def events(
         self, request: GenerationRequest, dialogue: Dialogue, prompt_ids: Sequence[int], new_tokens: int
-    ) -> AsyncIterator[PromptScores | Piece | Generation]:
+    ) -> AsyncGenerator[PromptScores | Piece | Generation, None]:
         """The same with scores. With `new_tokens` 0 the prompt is scored and nothing generated."""
         # 1. What can be refused before the swarm is asked.
         self._check_tokens(request, prompt_ids)
@@ -220,21 +253,24 @@ class Generator:
         reason: FinishReason = "length"
         waiting: list[tuple[Scored, int]] = []  # scored tokens whose text is held back, and where it begins
         # 2. The prompt.
-        row: torch.Tensor | None
+        ahead, speculator = _Ahead(), Speculator(ids)
         if request.score_prompt:
             dialogue.held.clear()
             row, scores = await self._score_prompt(dialogue, ids, request.logprobs or 0)
+            ahead.put([], await self._head.logits(row))
             yield PromptScores(tuple(scores))
         else:
             dialogue.keep_common(ids)
-            row = await self._forward(dialogue, ids) if new_tokens else None
         # 3. Token by token.
         try:
-            while row is not None and len(ids) - len(prompt_ids) < new_tokens:
-                chosen = await self._choose(row, ids, sampler, grammar, request.logprobs)
+            while len(ids) - len(prompt_ids) < new_tokens:
+                room = len(prompt_ids) + new_tokens - len(ids) - 1
+                logits = await self._next_logits(dialogue, ids, ahead, speculator, room)
+                chosen = await self._choose(logits, ids, sampler, grammar, request.logprobs)
                 if len(ids) == len(prompt_ids):
                     first_token_at = loop.time()
                 ids.append(chosen.token)
+                speculator.extend([chosen.token])
                 if chosen.token in self.spec.eos_token_ids:
                     reason = "stop"
                     break
@@ -245,8 +281,6 @@ class Generator:
                 if text.stopped or (grammar is not None and grammar.take(chosen.token)):
                     reason = "stop"
                     break
-                if len(ids) - len(prompt_ids) < new_tokens:
-                    row = await self._forward(dialogue, ids)
         except MissingBlocksError as error:
             error.generated = text.text
             raise
@@ -277,7 +311,30 @@ class Generator:
             if token >= size:
                 raise UsageError(f"logit_bias names token {token}, which is not in the vocabulary of {size}")
 
-    async def _forward(self, dialogue: Dialogue, ids: Sequence[int], keep: int = 1) -> torch.Tensor:
+    async def _next_logits(
+        self, dialogue: Dialogue, ids: Sequence[int], ahead: _Ahead, speculator: Speculator, room: int
+    ) -> torch.Tensor:
+        """Scores of the token behind `ids`, (1, vocab): there already if the last token was guessed, else computed.
+
+        A step carries what the session does not hold yet, and up to `room` guesses behind it.
+        """
+        if (found := ahead.take(ids[-1])) is not None:
+            return found
+        speculator.settle(ahead.guessed, ahead.right)
+        del dialogue.held[len(ids) - 1 :]  # a wrong guess is rolled back
+        decoding = len(dialogue.held) == len(ids) - 1
+        guesses = speculator.propose(room) if decoding and self._speculate else []
+        begin = asyncio.get_running_loop().time()
+        rows = await self._forward(dialogue, [*ids, *guesses], keep=1 + len(guesses))
+        logits = await self._head.logits(rows)
+        if decoding:
+            speculator.time(asyncio.get_running_loop().time() - begin)
+        ahead.put(guesses, logits)
+        first = ahead.take(ids[-1])
+        assert first is not None, "a step brings the scores it was sent for"
+        return first
+
+    async def _forward(self, dialogue: Dialogue, ids: Sequence[int], keep: int) -> torch.Tensor:
         """Send what the session does not hold yet through the blocks: the last `keep` rows that come out."""
         held = min(len(dialogue.held), len(ids) - keep)
         rows = await self._on_thread(lambda: from_torch(self._ends.embed(ids[held:], held)))
@@ -286,12 +343,11 @@ class Generator:
         return to_torch(last)  # (keep, hidden)
 
     async def _choose(
-        self, row: torch.Tensor, ids: Sequence[int], sampler: Sampler, grammar: Grammar | None, top: int | None
+        self, logits: torch.Tensor, ids: Sequence[int], sampler: Sampler, grammar: Grammar | None, top: int | None
     ) -> Scored:
-        """The token behind `ids`, given the last row, (1, hidden). Scored only if `top` says so."""
+        """The token behind `ids`, given its scores, (1, vocab). Scored itself only if `top` says so."""
 
         def work() -> Scored:
-            logits = self._ends.logits(row)  # (1, vocab)
             token = sampler(ids, logits[0], grammar.allowed() if grammar is not None else None)
             return Scored(token, None) if top is None else score(logits, [token], top)[0]
 
@@ -303,8 +359,8 @@ class Generator:
         """The last row of the prompt, and how likely each of its tokens was behind those before it."""
         rows = await self._forward(dialogue, ids, keep=len(ids))
         scores = [Scored(ids[0], None)]
-        for first in range(0, len(ids) - 1, SCORED_ROWS):
-            last = min(first + SCORED_ROWS, len(ids) - 1)
+        for first in range(0, len(ids) - 1, MAX_ROWS):
+            last = min(first + MAX_ROWS, len(ids) - 1)
             scores += await self._on_thread(
                 lambda: score(self._ends.logits(rows[first:last]), ids[first + 1 : last + 1], top)  # noqa: B023
             )

@@ -57,6 +57,7 @@ class Speculator:
         self._index = NgramIndex()
         self._index.extend(prompt_ids)
         self._guesses = FIRST_GUESSES
+        self._step_s = 0.0  # the last step, until its guesses are settled
         self._plain_s = 0.0  # a step without guesses
         self._guessed_s = 0.0  # a step with some
         self._accepted = float(FIRST_GUESSES)  # right guesses a step; hopeful until it is known
@@ -85,8 +86,15 @@ class Speculator:
         """The text goes on with `ids`."""
         self._index.extend(ids)
 
-    def record(self, guessed: int, accepted: int, seconds: float) -> None:
-        """A decoding step with `guessed` guesses took `seconds`, and `accepted` of them were right."""
+    def time(self, seconds: float) -> None:
+        """A decoding step took so long."""
+        self._step_s = seconds
+
+    def settle(self, guessed: int, accepted: int) -> None:
+        """It is known what became of the last step's guesses. Steps that were not timed do not count."""
+        seconds, self._step_s = self._step_s, 0.0
+        if seconds == 0.0:
+            return
         if not guessed:
             self._plain_s = _blend(self._plain_s, seconds)
             return

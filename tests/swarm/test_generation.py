@@ -9,6 +9,7 @@ import torch
 from llmasos.blocks.registry import ModelSpec
 from llmasos.blocks.sampling import SamplingParams
 from llmasos.client.generate import Generation, GenerationRequest
+from llmasos.config import ClientConfig
 from llmasos.errors import MissingBlocksError, UsageError
 from tests.swarm.conftest import torch_swarm
 
@@ -160,3 +161,17 @@ async def test_missing_blocks_are_named_with_the_command_that_serves_them(smollm
 def test_sampling_parameters_are_checked_before_anything_is_sent() -> None:
     with pytest.raises(UsageError):
         SamplingParams(top_p=1.5)
+
+
+@pytest.mark.parametrize("temperature", [0.0, 0.4])
+async def test_speculation_changes_nothing_but_the_number_of_steps(temperature: float, smollm2: ModelSpec) -> None:
+    prompt = "1 2 3 4 5 6 7 8 9 10\n" * 3 + "1 2 3"
+    options = {"max_new_tokens": 30, "temperature": temperature, "seed": 3}
+    found = {}
+    for speculate in (False, True):
+        async with torch_swarm(smollm2, SPLITS[2], config=ClientConfig(speculate=speculate)) as (client, peers):
+            result = await client.generate(prompt, **options)
+            found[speculate] = (result.token_ids, peers[0].engine.passes)
+    assert found[True][0] == found[False][0]
+    assert found[False][1] >= result.completion_tokens
+    assert found[True][1] < found[False][1] / 2
