@@ -123,3 +123,34 @@ class ClientConfig:
     """How long a running generation waits for lost blocks to come back before it fails."""
     refresh_every_s: float = 5.0
     """Age at which the view of the swarm is looked up again, before the next route is planned."""
+
+
+@dataclass(frozen=True, slots=True)
+class GatewayConfig:
+    """Where the gateway listens, whom it lets in, and how much at once."""
+
+    host: str = "127.0.0.1"
+    port: int = 8000
+    models: tuple[str, ...] = ()
+    """Directories and .gguf files that it may load; aliases and hub ids that the swarm serves it finds by itself."""
+    api_key_file: Path | None = None
+    """Without one, whoever reaches the port may use it."""
+    cors_origins: tuple[str, ...] = ()
+    """Web pages of these origins may call it; of no other."""
+    max_running: int = 64
+    """Texts written at once. More share the same passes of the peers, until their kv is full."""
+    max_waiting: int = 256
+    max_wait_s: float = 60.0
+    """A request that has waited this long for its turn is refused."""
+    max_body_bytes: int = 4 * 2**20
+    """A prompt of 131,072 tokens has about 600,000 characters."""
+    default_chat_tokens: int = 512
+    """Of an answer whose length was left open: each hop reserves kv for it."""
+    default_completion_tokens: int = 16
+    """The same for plain completions; OpenAI's own number."""
+    keep_alive_s: float = 15.0
+    """A stream that is silent this long gets a comment, so that proxies do not cut it."""
+    write_timeout_s: float = 30.0
+    """A client that takes in nothing for this long is taken to be gone."""
+    status_age_s: float = 1.0
+    """How old the view of the swarm may be that is shown."""
