@@ -77,6 +77,17 @@ def whole(least: int) -> Callable[[str], int]:
     return parse
 
 
+def seconds(text: str) -> float:
+    """An argparse type: a finite number of seconds, zero or more."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = -1.0
+    if not 0 <= value < float("inf"):
+        raise ArgumentTypeError(f"{text!r} is not a number of seconds")
+    return value
+
+
 def run(work: Callable[[Namespace], Coroutine[Any, Any, None] | None], args: Namespace) -> NoReturn:
     """Run a command, async or not, to its end and exit: 0 done, 1 failed, 2 wrong usage, 130 interrupted."""
     try:
