@@ -10,6 +10,9 @@ from typing import TYPE_CHECKING
 from llmasos.console import QUIET_S, parser, run, say, set_up_logging, show, stop_signal, subcommand, talk, whole
 from llmasos.errors import LLMasOSError
 from sim import plot
+from sim.baselines import POLICIES
+from sim.compare import compare
+from sim.compare import draw as draw_comparison
 from sim.hunt import Verdict, hunt
 from sim.invariants import ViolationError
 from sim.local import LocalSwarm, split_evenly
@@ -19,6 +22,7 @@ from sim.simulation import simulate
 if TYPE_CHECKING:
     from llmasos.client.generate import Generation
 
+COMPARE_EXAMPLE = "  python -m sim compare stragglers --seed 7 --plot stragglers.png"
 HUNT_EXAMPLE = "  python -m sim hunt --scenario churn --seeds 1000 --peers 12 --duration 60"
 RUN_EXAMPLE = """  python -m sim run churn --peers 100 --seed 7
   python -m sim run sim/scenarios/liars.toml --json > report.json"""
@@ -112,6 +116,36 @@ def run_scenario(args: Namespace) -> None:
         raise ViolationError(report.violations[0], hint=report.replay)
 
 
+def compare_policies(args: Namespace) -> None:
+    """One scenario, once for each policy; a table, and where ours stands."""
+    scenario = resize(load(args.scenario), peers=args.peers, clients=args.clients, duration_s=args.duration)
+    if args.plot is not None:
+        plot.check(args.plot)
+    say(f"{scenario.name}, seed {args.seed}, under {len(POLICIES)} policies: {', '.join(POLICIES)}")
+    comparison = compare(
+        scenario,
+        args.seed,
+        source=args.scenario,
+        processes=args.processes,
+        heard=lambda report: say(f"  {report.policy}: {report.tokens_per_s:.1f} tokens/s"),
+    )
+    talk.print(comparison.table())
+    if args.json:
+        show(json.dumps([report.as_dict() for report in comparison.reports]))
+    else:
+        for standing in comparison.standings():
+            show(
+                f"{scenario.name} {standing.measure}: ours {standing.ours:.4g}, best {standing.best:.4g} "
+                f"({standing.who}), ratio {standing.ratio:.3f}"
+            )
+    if args.plot is not None:
+        draw_comparison(comparison, args.plot)
+        say(f"plotted to {args.plot}")
+    for report in comparison.reports[:1]:
+        if report.violations:
+            raise ViolationError(report.violations[0], hint=report.replay)
+
+
 def hunt_seeds(args: Namespace) -> None:
     """Many seeds of one scenario, in parallel; the first that fails, and how to replay it."""
     scenario = resize(load(args.scenario), peers=args.peers, clients=args.clients, duration_s=args.duration)
@@ -177,6 +211,11 @@ def build_parser() -> ArgumentParser:
     _add_scenario(command)
     command.add_argument("--json", action="store_true", help="the whole report as one JSON object on stdout")
     command.add_argument("--plot", type=Path, metavar="FILE", help="draw the timeline: FILE.png or FILE.svg")
+    command = subcommand(commands, "compare", "A scenario under each policy of choosing routes.", COMPARE_EXAMPLE)
+    _add_scenario(command)
+    command.add_argument("--processes", type=whole(1), help="at once (default: one a core)")
+    command.add_argument("--json", action="store_true", help="all reports as one JSON array on stdout")
+    command.add_argument("--plot", type=Path, metavar="FILE", help="draw bars: FILE.png or FILE.svg")
     command = subcommand(commands, "hunt", "Many seeds in parallel, until one fails.", HUNT_EXAMPLE)
     command.add_argument("--scenario", default="storm", help="a name or a .toml file (default: %(default)s)")
     _add_size(command)
@@ -203,7 +242,13 @@ def main() -> None:
     """The command line."""
     args = build_parser().parse_args()
     set_up_logging(debug=args.debug)
-    commands = {"local": local, "list": list_scenarios, "run": run_scenario, "hunt": hunt_seeds}
+    commands = {
+        "local": local,
+        "list": list_scenarios,
+        "run": run_scenario,
+        "compare": compare_policies,
+        "hunt": hunt_seeds,
+    }
     run(commands[args.command], args)
 
 

@@ -60,6 +60,10 @@ class Map:
         """Enter the member of that name."""
         self._places[peer_of(name)] = place
 
+    def place_of(self, peer: str) -> Place:
+        """Where a member is."""
+        return self._places.get(peer, LOCAL)
+
     def rtt_s(self, a: str, b: str) -> float:
         """The round trip between two members."""
         return rtt_s(self._places.get(a, LOCAL), self._places.get(b, LOCAL))

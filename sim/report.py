@@ -86,6 +86,8 @@ class Report:
     tokens: int = 0
     prompt_tokens: int = 0
     tokens_per_s: float = 0.0
+    bound_tokens_per_s: float = 0.0
+    """What no router could exceed: the maximum flow through the peers' blocks, were they always full."""
     first_token: Latency = Latency()
     token: Latency = Latency()
     failovers: int = 0
@@ -125,7 +127,11 @@ class Report:
         for name, text in (
             ("swarm", f"{self.peers} peers, {self.blocks} blocks, {self.clients} clients, policy {self.policy}"),
             ("requests", self._requests()),
-            ("tokens", f"{self.tokens:,} generated, {self.tokens_per_s:,.1f} tokens/s, {self.hops:.1f} hops a route"),
+            (
+                "tokens",
+                f"{self.tokens:,} generated, {self.tokens_per_s:,.1f} tokens/s (bound {self.bound_tokens_per_s:,.1f}), "
+                f"{self.hops:.1f} hops a route",
+            ),
             ("first token", _text(self.first_token)),
             ("next tokens", _text(self.token)),
             ("failovers", f"{self.failovers:,}, which replayed {self.replayed_tokens:,} tokens"),

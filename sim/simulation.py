@@ -9,10 +9,11 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
+from statistics import fmean
 
-from llmasos.client.router import Policy
 from llmasos.config import SESSION_LEASE_S, PeerConfig
-from llmasos.routing.planner import plan
+from sim.baselines import flow_rows_per_s, make_policy
 from sim.invariants import ErrorWatch, Invariants, ViolationError
 from sim.loop import VirtualLoop
 from sim.loop import run as run_virtually
@@ -31,14 +32,6 @@ SAMPLES = 240
 """Points of the timeline, at most one a second."""
 
 
-class PolicyMaker:
-    """A policy that must know the swarm: `make` is called once a run."""
-
-    def make(self, places: Map) -> Policy:
-        """The policy of this run."""
-        raise NotImplementedError
-
-
 def replay_command(scenario: Scenario, seed: int, source: str) -> str:
     """What to type to see the same run again."""
     return (
@@ -51,8 +44,7 @@ def simulate(
     scenario: Scenario,
     seed: int,
     *,
-    policy: "Policy | PolicyMaker" = plan,
-    policy_name: str = "ours",
+    policy: str = "ours",
     source: str = "",
     thorough: bool = True,
     debug: bool = False,
@@ -60,10 +52,11 @@ def simulate(
 ) -> Report:
     """Run a scenario to its end in virtual time. A violation is in the report, not raised.
 
-    `policy` chooses the routes; `thorough` checks whole accounts at each pass; `progress` hears the share that is done.
+    `policy` (see `sim.baselines`) chooses the routes; `thorough` checks whole accounts at each pass; `progress` hears
+    the share that is done.
     """
     begin = time.perf_counter()
-    settings = _Settings(scenario, seed, policy, policy_name, thorough, debug, progress)
+    settings = _Settings(scenario, seed, policy, thorough, debug, progress)
     replay = replay_command(scenario, seed, source or scenario.name)
     with _few_collections():
         report = run_virtually(_run(settings, replay), start=BEGIN_S)
@@ -78,15 +71,14 @@ class _Settings:
 
     scenario: Scenario
     seed: int
-    policy: Policy | PolicyMaker
-    policy_name: str
+    policy: str
     thorough: bool
     debug: bool
     progress: Callable[[float], None]
 
 
 async def _run(settings: _Settings, replay: str) -> Report:
-    scenario, seed, policy = settings.scenario, settings.seed, settings.policy
+    scenario, seed = settings.scenario, settings.seed
     loop = asyncio.get_running_loop()
     assert isinstance(loop, VirtualLoop)
     invariants = Invariants(replay, thorough=settings.thorough)
@@ -106,8 +98,8 @@ async def _run(settings: _Settings, replay: str) -> Report:
     with _logging(watch, loop, debug=settings.debug):
         async with SimCluster(world, model, config=config) as cluster:
             population = Population(scenario, seed, cluster, invariants)
-            chosen = policy.make(where) if isinstance(policy, PolicyMaker) else policy
-            workload = Workload(scenario, seed, cluster, invariants, chosen)
+            policy = partial(make_policy, settings.policy, where)
+            workload = Workload(scenario, seed, cluster, invariants, policy)
             for member in population.members:
                 where.put(member.name, member.place)
             for index, name in enumerate(workload.places()):
@@ -138,10 +130,13 @@ class _Run:
         self._workload = workload
         self._invariants = invariants
         self._loop = asyncio.get_running_loop()
+        self._began: float | None = None
+        self._ended: float | None = None
+        self._bounds: list[float] = []
         self._report = Report(
             scenario=scenario.name,
             title=scenario.title,
-            policy=settings.policy_name,
+            policy=settings.policy,
             seed=settings.seed,
             peers=scenario.peers.count,
             clients=scenario.clients.count,
@@ -193,9 +188,6 @@ class _Run:
             f"{measured.started} requests began, {measured.done} were answered and {measured.failed} failed",
         )
 
-    _began: float | None = None
-    _ended: float | None = None
-
     async def _tick(self) -> None:
         """Each virtual second: what no single event shows."""
         every = max(1, round(self._scenario.duration_s / SAMPLES))
@@ -223,10 +215,25 @@ class _Run:
             if second % every == 0 and self._ended is None:
                 self._sample(now, counts, every)
 
+    def _bound_tokens_per_s(self) -> float:
+        """What the peers that are there now could carry at most, in the largest batches that the clients could fill."""
+        clients = self._scenario.clients.count + max((crowd.clients for crowd in self._scenario.crowds), default=0)
+        peers = []
+        for member in self._population.members:
+            if member.state == "online" and member.serves is not None:
+                speed = member.speed
+                rows = max(1, min(clients * 2, PeerConfig().max_batch_tokens))  # of one pass, prompts included
+                peers.append((member.serves, rows / (speed.first_row_s + (rows - 1) * speed.row_s)))
+        rows_per_s = flow_rows_per_s(peers, self._scenario.model.blocks)
+        measured = self._workload.measured
+        rows = measured.tokens + measured.prompt_tokens
+        return rows_per_s * measured.tokens / rows if rows else rows_per_s
+
     def _sample(self, now: float, counts: list[int], every: int) -> None:
         lately = self._workload.measured.take()
         states = self._population.count()
         assert self._began is not None
+        self._bounds.append(self._bound_tokens_per_s())
         self._report.timeline.append(
             Sample(
                 at_s=round(now - self._began, 3),
@@ -252,6 +259,7 @@ class _Run:
         lasted_s = (self._ended or self._loop.time()) - (self._began or self._loop.time())
         report.virtual_s = round(lasted_s, 6)
         report.tokens_per_s = measured.tokens / lasted_s if lasted_s else 0.0
+        report.bound_tokens_per_s = fmean(self._bounds) if self._bounds else 0.0
         report.first_token = Latency.of(measured.first_token_s)
         report.token = Latency.of(measured.token_s)
         report.failovers, report.replayed_tokens = measured.failovers, measured.replayed_tokens

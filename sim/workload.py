@@ -7,7 +7,7 @@ for the time being is tried again for `patience_s`, as a person or a gateway wou
 
 import asyncio
 from array import array
-from collections.abc import Coroutine, Sequence
+from collections.abc import Callable, Coroutine, Sequence
 from contextlib import AsyncExitStack
 from dataclasses import dataclass, field
 from random import Random
@@ -15,6 +15,7 @@ from random import Random
 from llmasos.client.router import Policy
 from llmasos.errors import LLMasOSError
 from sim.invariants import Invariants
+from sim.network import peer_of
 from sim.population import Population
 from sim.regions import Place
 from sim.runner import PRIME, Reference, from_numbers, to_numbers
@@ -88,8 +89,14 @@ class Workload:
     """Runs the clients. `run` returns when the time is over and every request has ended."""
 
     def __init__(
-        self, scenario: Scenario, seed: int, cluster: SimCluster, invariants: Invariants, policy: Policy
+        self,
+        scenario: Scenario,
+        seed: int,
+        cluster: SimCluster,
+        invariants: Invariants,
+        policy: Callable[[str], Policy],
     ) -> None:
+        """`policy` gives each gateway, by its peer id, its way to choose routes."""
         self.measured = Measured()
         self.gateways: list[Gateway] = []
         self._scenario = scenario
@@ -123,7 +130,7 @@ class Workload:
         async with self._stack:
             for name in self.places():
                 client = await self._stack.enter_async_context(
-                    self._cluster.client(name, seed=self._rng.getrandbits(32), policy=self._policy)
+                    self._cluster.client(name, seed=self._rng.getrandbits(32), policy=self._policy(peer_of(name)))
                 )
                 self.gateways.append(Gateway(name, client))
             work = [self._live(index, 0.0, end) for index in range(self._scenario.clients.count)]

@@ -1,0 +1,143 @@
+"""Policies side by side: the same scenario and seed, once for each way to choose a route."""
+
+import multiprocessing
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from rich.table import Table
+
+from sim.baselines import POLICIES
+from sim.report import Report, seconds
+from sim.scenario import Scenario
+from sim.simulation import simulate
+
+TOLERANCE = 0.05
+"""Within this share of the best counts as equal: the noise of a few hundred requests."""
+
+
+@dataclass(frozen=True, slots=True)
+class Standing:
+    """How ours stands in one measure: 1.0 is as good as the best of all, 1.05 is 5 % worse."""
+
+    measure: str
+    ours: float
+    best: float
+    who: str
+
+    @property
+    def ratio(self) -> float:
+        """How many times worse than the best."""
+        if self.measure == "tokens_per_s":
+            return self.best / self.ours if self.ours else float("inf")
+        return self.ours / self.best if self.best else 1.0
+
+
+@dataclass(frozen=True, slots=True)
+class Comparison:
+    """One report a policy, in the order of POLICIES."""
+
+    reports: tuple[Report, ...]
+
+    def standings(self) -> list[Standing]:
+        """Where ours stands in each of the measures that count."""
+        return [
+            self._standing("tokens_per_s", lambda report: -report.tokens_per_s),
+            self._standing("first_token_p95_s", lambda report: report.first_token.p95_s),
+            self._standing("token_p95_s", lambda report: report.token.p95_s),
+        ]
+
+    def behind(self) -> list[Standing]:
+        """The measures in which another policy is better by more than TOLERANCE."""
+        return [standing for standing in self.standings() if standing.ratio > 1 + TOLERANCE]
+
+    def _standing(self, measure: str, key: Callable[[Report], float]) -> Standing:
+        # Who answers fewer requests has shorter latencies for it: only those that answer about as many count.
+        most = max(report.done for report in self.reports)
+        serious = [report for report in self.reports if report.done >= 0.9 * most] + [self.reports[0]]
+        best = min(serious, key=key)
+        return Standing(measure, abs(key(self.reports[0])), abs(key(best)), best.policy)
+
+    def table(self) -> Table:
+        """For people: the best of each column is bold."""
+        first = self.reports[0]
+        table = Table(title=f"{first.scenario}, seed {first.seed}: {first.title}", title_justify="left", box=None)
+        table.add_column("policy", style="bold")
+        for name in ("tokens/s", "first p50", "first p95", "next p50", "next p95", "next p99", "failed", "failovers"):
+            table.add_column(name, justify="right")
+        for report in self.reports:
+            table.add_row(
+                report.policy,
+                f"{report.tokens_per_s:.1f}",
+                *(seconds(value) for value in (report.first_token.p50_s, report.first_token.p95_s)),
+                *(seconds(value) for value in (report.token.p50_s, report.token.p95_s, report.token.p99_s)),
+                str(report.failed),
+                str(report.failovers),
+            )
+        table.add_row("bound", f"{first.bound_tokens_per_s:.1f}", *[""] * 7, style="dim")
+        return table
+
+
+@dataclass(frozen=True, slots=True)
+class _Job:
+    scenario: Scenario
+    seed: int
+    source: str
+
+    def __call__(self, policy: str) -> Report:
+        return simulate(self.scenario, self.seed, policy=policy, source=self.source, thorough=False)
+
+
+def compare(
+    scenario: Scenario,
+    seed: int,
+    *,
+    policies: Sequence[str] = POLICIES,
+    source: str = "",
+    processes: int | None = None,
+    heard: Callable[[Report], None] = lambda report: None,
+) -> Comparison:
+    """Run the scenario once for each policy, in parallel processes."""
+    job = _Job(scenario, seed, source)
+    workers = min(processes or os.cpu_count() or 1, len(policies))
+    reports: list[Report] = []
+    if workers == 1:
+        for policy in policies:
+            reports.append(job(policy))
+            heard(reports[-1])
+        return Comparison(tuple(reports))
+    with multiprocessing.get_context("spawn").Pool(workers) as pool:
+        for report in pool.imap(job, policies):
+            reports.append(report)
+            heard(report)
+    return Comparison(tuple(reports))
+
+
+def draw(comparison: Comparison, path: Path) -> None:
+    """Bars: throughput, and the latencies of each policy."""
+    from matplotlib.figure import Figure
+
+    reports = comparison.reports
+    first = reports[0]
+    figure = Figure(figsize=(9, 3.6), layout="constrained")
+    figure.suptitle(f"{first.scenario}: {first.title} ({first.peers} peers, seed {first.seed})", fontsize=11)
+    rate, prompt, token = figure.subplots(1, 3)
+    names = [report.policy for report in reports]
+    colours = ["#0072b2" if report.policy == "ours" else "#aaaaaa" for report in reports]
+    rate.bar(names, [report.tokens_per_s for report in reports], color=colours)
+    if first.bound_tokens_per_s:
+        rate.axhline(first.bound_tokens_per_s, color="#cc3311", lw=1, ls="--")
+        rate.set_title("tokens/s (dashed: no router could do more)", fontsize=9)
+    for axes, title, key in (
+        (prompt, "first token, s: p50, p95", "first_token"),
+        (token, "next tokens, s: p50, p95", "token"),
+    ):
+        axes.bar(names, [getattr(report, key).p95_s for report in reports], color=colours, alpha=0.55)
+        axes.bar(names, [getattr(report, key).p50_s for report in reports], color=colours)
+        axes.set_title(title, fontsize=9)
+    for axes in (rate, prompt, token):
+        axes.tick_params(axis="x", rotation=50, labelsize=8)
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.grid(axis="y", alpha=0.25, lw=0.5)
+    figure.savefig(path, dpi=110, metadata={"Date": None} if path.suffix == ".svg" else None)
