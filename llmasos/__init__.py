@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from llmasos.client.async_client import AsyncLLMasOS
     from llmasos.client.client import LLMasOS
     from llmasos.client.generate import Generation
+    from llmasos.client.transformers_model import SwarmModelForCausalLM
 
 __version__ = "0.1.0"
 
@@ -50,6 +51,7 @@ __all__ = [
     "PeerRefusedError",
     "PeerTimeoutError",
     "SwarmError",
+    "SwarmModelForCausalLM",
     "SwarmUnreachableError",
     "UnknownModelError",
     "UnsupportedModelError",
@@ -61,6 +63,7 @@ _LAZY = {
     "AsyncLLMasOS": "llmasos.client.async_client",
     "Generation": "llmasos.client.generate",
     "LLMasOS": "llmasos.client.client",
+    "SwarmModelForCausalLM": "llmasos.client.transformers_model",
 }
 
 

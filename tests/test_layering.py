@@ -23,7 +23,7 @@ LAYERS = [
     ["llmasos.*"],  # the wire, the network, and whatever is not named elsewhere
     ["llmasos.routing", "llmasos.blocks"],
     ["llmasos.peer", "llmasos.client"],
-    ["llmasos.cli", "llmasos.__main__", "bootstrap", "sim"],
+    ["llmasos.cli", "llmasos.cli_*", "llmasos.doctor", "llmasos.__main__", "bootstrap", "sim"],
 ]
 """A module imports from its own layer and from those before it. `llmasos` itself, the public API, is in the last."""
 
@@ -42,6 +42,7 @@ TORCH_HOMES = [
     "llmasos.blocks",
     "llmasos.peer.torch_runner",
     "llmasos.client.generate",
+    "llmasos.client.head",
     "llmasos.client.transformers_model",
 ]
 HOMES = {

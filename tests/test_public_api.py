@@ -27,6 +27,7 @@ def test_the_public_names() -> None:
         "PeerRefusedError",
         "PeerTimeoutError",
         "SwarmError",
+        "SwarmModelForCausalLM",
         "SwarmUnreachableError",
         "UnknownModelError",
         "UnsupportedModelError",

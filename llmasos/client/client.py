@@ -15,17 +15,20 @@ T = TypeVar("T")
 
 
 class LLMasOS:
-    """A client of one swarm, for programs without an event loop. A context manager; see `AsyncLLMasOS`."""
+    """A client of one swarm, for programs without an event loop. A context manager; see `AsyncLLMasOS`.
+
+    `asynchronous` is the `AsyncLLMasOS` that it runs.
+    """
 
     def __init__(self, endpoint: str | Sequence[str], *, config: ClientConfig | None = None) -> None:
-        self._client = AsyncLLMasOS(endpoint, config=config)
+        self.asynchronous = AsyncLLMasOS(endpoint, config=config)
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name="llmasos-client", daemon=True)
         self._thread.start()
 
     def __enter__(self) -> Self:
         try:
-            self._wait(self._client.__aenter__())
+            self.wait(self.asynchronous.__aenter__())
         except BaseException:
             self._stop()
             raise
@@ -39,7 +42,7 @@ class LLMasOS:
     def close(self) -> None:
         """Leave the swarm. May be called twice."""
         if self._thread.is_alive():
-            self._wait(self._client.close())
+            self.wait(self.asynchronous.close())
             self._stop()
 
     def generate_text(
@@ -57,8 +60,8 @@ class LLMasOS:
         return_full_text: bool = True,
     ) -> str:
         """See `AsyncLLMasOS.generate_text`."""
-        return self._wait(
-            self._client.generate_text(
+        return self.wait(
+            self.asynchronous.generate_text(
                 prompt,
                 model_name,
                 max_length,
@@ -75,34 +78,34 @@ class LLMasOS:
 
     def generate(self, prompt: str, model_name: str = DEFAULT_MODEL, **options: Unpack[Options]) -> Generation:
         """See `AsyncLLMasOS.generate`."""
-        return self._wait(self._client.generate(prompt, model_name, **options))
+        return self.wait(self.asynchronous.generate(prompt, model_name, **options))
 
     def stream_text(self, prompt: str, model_name: str = DEFAULT_MODEL, **options: Unpack[Options]) -> Iterator[str]:
         """See `AsyncLLMasOS.stream_text`."""
-        pieces = self._client.stream_text(prompt, model_name, **options)
+        pieces = self.asynchronous.stream_text(prompt, model_name, **options)
         try:
-            while (piece := self._wait(_next_or_none(pieces))) is not None:
+            while (piece := self.wait(_next_or_none(pieces))) is not None:
                 yield piece
         finally:
-            self._wait(_finish(pieces))
+            self.wait(_finish(pieces))
 
     def generate_batch(
         self, prompts: Sequence[str], model_name: str = DEFAULT_MODEL, **options: Unpack[Options]
     ) -> list[Generation]:
         """See `AsyncLLMasOS.generate_batch`."""
-        return self._wait(self._client.generate_batch(prompts, model_name, **options))
+        return self.wait(self.asynchronous.generate_batch(prompts, model_name, **options))
 
     def chat(
         self, messages: Sequence[dict[str, str]], model_name: str = DEFAULT_MODEL, **options: Unpack[Options]
     ) -> Generation:
         """See `AsyncLLMasOS.chat`."""
-        return self._wait(self._client.chat(messages, model_name, **options))
+        return self.wait(self.asynchronous.chat(messages, model_name, **options))
 
     def translate(
         self, text: str, source: str, target: str, model_name: str = DEFAULT_MODEL, **options: Unpack[Options]
     ) -> str:
         """See `AsyncLLMasOS.translate`."""
-        return self._wait(self._client.translate(text, source, target, model_name, **options))
+        return self.wait(self.asynchronous.translate(text, source, target, model_name, **options))
 
     def answer(
         self,
@@ -112,23 +115,27 @@ class LLMasOS:
         **options: Unpack[Options],
     ) -> str:
         """See `AsyncLLMasOS.answer`."""
-        return self._wait(self._client.answer(question, context, model_name, **options))
+        return self.wait(self.asynchronous.answer(question, context, model_name, **options))
 
     def generate_code(
         self, task: str, language: str = "Python", model_name: str = DEFAULT_MODEL, **options: Unpack[Options]
     ) -> str:
         """See `AsyncLLMasOS.generate_code`."""
-        return self._wait(self._client.generate_code(task, language, model_name, **options))
+        return self.wait(self.asynchronous.generate_code(task, language, model_name, **options))
 
     def models(self) -> list[str]:
         """See `AsyncLLMasOS.models`."""
-        return self._wait(self._client.models())
+        return self.wait(self.asynchronous.models())
 
     def status(self) -> dict[str, Any]:
         """See `AsyncLLMasOS.status`."""
-        return self._wait(self._client.status())
+        return self.wait(self.asynchronous.status())
 
-    def _wait(self, work: Coroutine[Any, Any, T]) -> T:
+    def wait(self, work: Coroutine[Any, Any, T]) -> T:
+        """Run something on the client's loop, and wait for it; for what `asynchronous` offers and this class does not.
+
+        Raises UsageError once the client is closed.
+        """
         if not self._thread.is_alive():
             work.close()
             raise UsageError("the client is closed", hint="make a new one: with LLMasOS(endpoint=…) as client:")

@@ -302,6 +302,12 @@ class Generator:
             failovers=dialogue.session.failovers,
         )
 
+    async def logits(self, dialogue: Dialogue, ids: Sequence[int], keep: int) -> torch.Tensor:
+        """Scores behind each of the last `keep` tokens of `ids`, (keep, vocab). Only what is not held is computed."""
+        dialogue.keep_common(ids)
+        rows = await self._forward(dialogue, ids, keep)
+        return torch.cat([await self._head.logits(part) for part in torch.split(rows, MAX_ROWS)])
+
     def _check_tokens(self, request: GenerationRequest, prompt_ids: Sequence[int]) -> None:
         size = self._ends.vocab_size
         for token in prompt_ids:
