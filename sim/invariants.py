@@ -1,7 +1,8 @@
 """What must hold at every event of every simulation, whatever is broken meanwhile.
 
   * each token is the one that a single machine would have given;
-  * every request ends, once, with all its tokens or with a typed error that may be tried again;
+  * every request ends, once, with all its tokens or with a typed error that may be tried again; and it does not fail
+    for good unless some block really had no peer meanwhile (a scenario may allow a share that finds no room);
   * the kv account of every peer adds up: never negative, never over budget, empty when all sessions are over;
   * queues are bounded, and nobody opens streams in a storm;
   * nothing of ours fails in a way that it did not expect: whatever is logged as an error counts;
@@ -44,6 +45,7 @@ class Invariants:
         self._connects: deque[tuple[float, dict[str, int]]] = deque()
         self._gap_since: dict[int, float] = {}
         self.longest_gap_s = 0.0
+        self.last_gap_at = float("-inf")
 
     def violate(self, problem: str) -> None:
         """Something must not have happened."""
@@ -124,6 +126,7 @@ class Invariants:
                 continue
             lasted_s = now - self._gap_since.setdefault(block, now)
             self.longest_gap_s = max(self.longest_gap_s, lasted_s)
+            self.last_gap_at = now
             if promised_s is not None and lasted_s > promised_s:
                 self.violate(f"block {block} has had no peer for {lasted_s:.0f} s; {promised_s:g} s are promised")
 

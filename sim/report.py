@@ -68,7 +68,7 @@ class PeerUse:
 
 @dataclass(slots=True)
 class Report:
-    """A run. Everything but `real_s` and `peak_mib` is the same whenever it is run."""
+    """A run. Everything but `real_s`, `cpu_s` and `peak_mib` is the same whenever it is run."""
 
     scenario: str
     title: str
@@ -102,6 +102,7 @@ class Report:
     violations: list[str] = field(default_factory=list)
     replay: str = ""
     real_s: float = 0.0
+    cpu_s: float = 0.0
     peak_mib: float = 0.0
     peers_used: list[PeerUse] = field(default_factory=list)
     timeline: list[Sample] = field(default_factory=list)

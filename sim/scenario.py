@@ -146,7 +146,7 @@ class Promises(Section, frozen=True):
     coverage_s: Seconds | None = None
     """Blocks without a peer are served again after at most this long."""
     failed_share: Share = 0.0
-    """Requests that may fail, with a typed error, after all patience."""
+    """Requests that may fail, with a typed error, after all patience, although every block had a peer."""
     stall_s: Seconds = 120.0
     """The longest that a single token may take."""
 

@@ -44,6 +44,8 @@ class Measured:
     started: int = 0
     done: int = 0
     failed: int = 0
+    excused: int = 0
+    """Of those: some block had no peer while they tried."""
     refused: int = 0
     tokens: int = 0
     prompt_tokens: int = 0
@@ -188,6 +190,7 @@ class Workload:
                 self._invariants.require(error.retryable, f"{who}: an error that cannot be tried again: {error}")
                 if self._loop.time() - begin + pause_s > self._scenario.clients.patience_s:
                     measured.failed += 1
+                    measured.excused += self._invariants.last_gap_at >= begin - 1.0  # looked for once a second
                     measured.lately.failed += 1
                     return
                 measured.refused += 1
