@@ -58,6 +58,9 @@ HAND_OVER_RETRY_S = 5.0
 """How often a session looks for somebody to take over from a peer that drains, while there is nobody."""
 ATTACH_TIMEOUT_S = 5.0
 """How long a link may wait for the session it belongs to: the client opens all hops at once, so they may cross."""
+OPEN_TIMEOUT_S = 3.0
+"""To reach a hop: as long as it takes to find out that one hangs. Dial, handshake and a frame take 2 ms on one machine
+and five round trips elsewhere; a route goes on without whoever needs longer."""
 CONNECT_TIMEOUT_S = 5.0
 """p2pd gives up a dial to a silent address after 5 s (measured)."""
 
@@ -114,9 +117,10 @@ class ClientConfig:
     step_timeout_s: float = 30.0
     """A step that every hop claims to be alive for, and nobody answers, is given up after this long."""
     suspect_after_s: float = 1.5
-    """A step that takes longer has its hops pinged: a hung peer is found `PONG_TIMEOUT_S` later, a busy one answers."""
-    open_timeout_s: float = 6.0
-    """To connect (`CONNECT_TIMEOUT_S`) and be admitted."""
+    """A step that takes longer has its hops pinged: a hung peer is found `PONG_TIMEOUT_S` later, a busy one answers.
+    Once a session knows how long its steps take, four times that is enough (but half a second at least)."""
+    open_timeout_s: float = OPEN_TIMEOUT_S
+    """To connect and be admitted; whoever takes longer is passed over for another."""
     max_failovers: int = 20
     """Attempts at one step; a swarm that loses peers faster than that has no route to offer."""
     wait_for_blocks_s: float = 30.0

@@ -208,10 +208,18 @@ class Ping(Message, frozen=True, tag="ping"):
 
 
 class Pong(Message, frozen=True, tag="pong"):
-    """Answers a Ping with what it carried."""
+    """Answers a Ping with what it carried.
+
+    On the stream of a session it also tells how far its steps have come: the last one that was accepted, the last one
+    that was passed on to the next hop as the route stands, and the rows that wait. So the client finds the link that a
+    step is lost on when every hop is well.
+    """
 
     nonce: Count = 0
     padding: bytes = b""
+    accepted: Count | None = None
+    passed: Count | None = None
+    queued: Count = 0
 
 
 class Draining(Message, frozen=True, tag="draining"):

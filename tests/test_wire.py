@@ -85,7 +85,14 @@ by_type: dict[type, st.SearchStrategy[AnyMessage]] = {
         retry_after_s=st.floats(0, 86_400),
     ),
     Ping: st.builds(Ping, nonce=counts, padding=st.binary(max_size=300)),
-    Pong: st.builds(Pong, nonce=counts, padding=st.binary(max_size=300)),
+    Pong: st.builds(
+        Pong,
+        nonce=counts,
+        padding=st.binary(max_size=300),
+        accepted=st.none() | counts,
+        passed=st.none() | counts,
+        queued=counts,
+    ),
     Draining: st.just(Draining()),
     Close: st.just(Close()),
 }

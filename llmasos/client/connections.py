@@ -104,7 +104,7 @@ class Connections:
             while True:
                 message = await hop.receive()
                 if isinstance(message, Pong):
-                    rtt_s = hop.hear_pong(message.nonce)
+                    rtt_s = hop.hear_pong(message)
                     if rtt_s is not None:
                         self._router.saw_rtt(hop.plan.peer, rtt_s)
                 else:

@@ -28,6 +28,7 @@ from llmasos.wire import (
     Open,
     Opened,
     Ping,
+    Pong,
     Reroute,
     decode,
     encode,
@@ -50,6 +51,7 @@ class HopLink:
         self.draining = False  # it said that it is about to go
         self.stays_until = 0.0  # when to look again for somebody who takes over from it (loop time)
         self.ticket: Ticket | None = None  # tells the router that we are there
+        self.progress = Pong()  # how far its steps had come when it last said so
         self._pings: dict[int, tuple[float, asyncio.Future[None]]] = {}  # unanswered: number -> sent at, pong
         self._pinged = 0
         self._stream: Stream | None = None
@@ -101,12 +103,13 @@ class HopLink:
         await self.send(Ping(nonce=self._pinged))
         return pong
 
-    def hear_pong(self, nonce: int) -> float | None:
+    def hear_pong(self, pong: Pong) -> float | None:
         """Take a pong in, as whoever listens to the hop; the round trip in seconds, if it answers a ping of ours."""
-        asked = self._pings.get(nonce)
+        asked = self._pings.get(pong.nonce)
         if asked is None:
             return None
-        for number in [number for number in self._pings if number <= nonce]:
+        self.progress = pong
+        for number in [number for number in self._pings if number <= pong.nonce]:
             _wake(self._pings.pop(number)[1])
         return asyncio.get_running_loop().time() - asked[0]
 

@@ -6,6 +6,7 @@ what it was last told stands with it (`HopLink.told`): whoever is told something
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from itertools import pairwise
 
 from llmasos.client.hop import HopLink
 from llmasos.routing.planner import Route
@@ -74,6 +75,18 @@ class Hops:
     def misinformed(self) -> list[HopLink]:
         """Those whose neighbours are not those that they know of."""
         return [hop for hop in self._hops if hop.told != self.sides(hop)]
+
+    def starving(self, number: int) -> dict[HopLink, int]:
+        """Of whom it seems that what they pass on does not arrive: the next hop has nothing to do and has not seen the
+        step `number`, nor others that were passed on to it. With the last step that it has seen, -1 for none.
+        """
+        found = {}
+        for hop, following in pairwise(self._hops):
+            passed, seen = hop.progress.passed, following.progress.accepted
+            accepted = -1 if seen is None else seen
+            if passed is not None and accepted < min(passed, number) and not following.progress.queued:
+                found[hop] = accepted
+        return found
 
     def sides(self, hop: HopLink) -> Reroute:
         """From whom a hop takes steps and to whom it sends them, as the route stands."""

@@ -28,7 +28,7 @@ from llmasos.client.hop import HopLink, as_error
 from llmasos.client.hops import Hops
 from llmasos.client.router import Router
 from llmasos.config import HAND_OVER_RETRY_S, MAX_ROWS_IN_FLIGHT, ClientConfig
-from llmasos.errors import PeerError, PeerFaultError, PeerTimeoutError, SwarmError, UsageError
+from llmasos.errors import ConnectionLostError, PeerError, PeerFaultError, PeerTimeoutError, SwarmError, UsageError
 from llmasos.history import History
 from llmasos.network import Network
 from llmasos.routing.planner import Hop, Route, RouteRequest
@@ -36,6 +36,14 @@ from llmasos.span import Span
 from llmasos.wire import AnyMessage, Draining, Failed, Open, Replay, Result, Step, Tensor, join_rows
 
 log = logging.getLogger(__name__)
+
+LINK_TIMEOUT_S = 1.5
+"""Rows that one hop has sent and the next, which is idle, has not seen for so long are lost: a chunk of a prompt takes
+a second on the slowest link that we reckon with (`SLOW_LINK_BYTES_PER_S`)."""
+SUSPECT_FACTOR = 4.0
+"""Times what answers took lately: a step that has to wait for others' prompts takes two or three times its usual."""
+MIN_SUSPECT_AFTER_S = 0.5
+"""Steps of a few milliseconds are late now and then for reasons that no ping has to look into."""
 
 
 class Session:
@@ -57,6 +65,7 @@ class Session:
         self._inputs = History()
         self._answered = 0  # positions below this are answered, and cached on every hop that is not lagging
         self._flights = Flights()
+        self._slowest_s = 0.0  # what an answer took lately, the slow ones above all; 0 before the first
         self._steps = itertools.count()
         self._names = itertools.count()
         self._connections = Connections(network, router, config, self._hear, self._on_lost)
@@ -164,14 +173,33 @@ class Session:
         """Wait for a step. When it is late, look for hops that are silent; those that answer are waited for longer."""
         loop = asyncio.get_running_loop()
         deadline = loop.time() + self._config.step_timeout_s
-        while not await self._flights.landed(number, self._config.suspect_after_s):
+        begin, probed = loop.time(), False
+        starving: dict[HopLink, tuple[int, float]] = {}  # what the next hop has seen, and since when no more
+        while not await self._flights.landed(number, self._patience_s):
+            probed = True
             await self._connections.probe(list(self._hops))
+            seen = self._hops.starving(number)
+            starving = {
+                hop: starving[hop] if hop in starving and starving[hop][0] == step else (step, loop.time())
+                for hop, step in seen.items()
+            }
+            for hop, (_, since) in starving.items():
+                if loop.time() - since >= LINK_TIMEOUT_S:
+                    self._cut_off(hop, "its rows do not arrive")
             if loop.time() > deadline:
                 for hop in self._hops:  # all answer pings, yet the step is gone: trust none of them with it again
                     self._connections.lose(
                         hop, PeerTimeoutError(hop.plan.peer, f"no step in {self._config.step_timeout_s:g} s")
                     )
+        if not probed:
+            self._slowest_s = max(loop.time() - begin, 0.8 * self._slowest_s)
         return self._flights.take(number)
+
+    @property
+    def _patience_s(self) -> float:
+        """How long an answer may take before the hops are asked whether they live: a multiple of what was usual."""
+        most_s = self._config.suspect_after_s
+        return min(most_s, max(MIN_SUSPECT_AFTER_S, SUSPECT_FACTOR * self._slowest_s)) if self._slowest_s else most_s
 
     # --- failover ----------------------------------------------------------------------------------------------------
 
@@ -215,7 +243,10 @@ class Session:
         """A hop cannot reach the next one. If we can, we relay; if we cannot either, that one is lost."""
         hop.cut_off = False
         following = self._hops.after(hop)
-        if hop.lost is not None or following is None:
+        if hop.lost is not None:
+            return
+        if following is None or hop.relay:
+            self._connections.lose(hop, PeerFaultError(hop.plan.peer, "has lost a next hop that it does not have"))
             return
         await self._connections.probe([following])
         if following.lost is None:
@@ -319,8 +350,7 @@ class Session:
                 log.info("session %s: %s drains", self._id, hop.plan.peer)
                 hop.draining = True
             case Failed(code="next_hop_lost") if message.step in self._flights:
-                hop.cut_off = True
-                self._flights.fail(as_error(hop.plan.peer, message))
+                self._cut_off(hop, message.message)
             case Failed() if message.step is None or message.step in self._flights:
                 error = as_error(hop.plan.peer, message)
                 if isinstance(error, PeerError):
@@ -347,6 +377,11 @@ class Session:
             self._connections.relay(self._hops[following], step)
         else:
             self._connections.lose(hop, PeerFaultError(hop.plan.peer, "answered in the place of another hop"))
+
+    def _cut_off(self, hop: HopLink, why: str) -> None:
+        """A hop is well, but does not reach the next one."""
+        hop.cut_off = True
+        self._flights.fail(ConnectionLostError(hop.plan.peer, why))
 
     def _on_lost(self, hop: HopLink, error: PeerError) -> None:
         """Whatever is in the air fails, so that the route is mended; a hop that we have left is no loss."""

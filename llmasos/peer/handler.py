@@ -159,7 +159,7 @@ class Handler:
                 case Step():
                     await session.accept(message)
                 case Ping():
-                    await stream.send(encode(_pong(message)))
+                    await stream.send(encode(session.pong(message)))
                 case Reroute():
                     session.reroute(message)
                 case Replay():
@@ -204,13 +204,9 @@ class Handler:
 
     async def _serve_pings(self, stream: Stream, message: AnyMessage) -> None:
         while isinstance(message, Ping):
-            await stream.send(encode(_pong(message)))
+            await stream.send(encode(Pong(nonce=message.nonce, padding=message.padding)))
             async with asyncio.timeout(SESSION_LEASE_S):
                 message = decode(await stream.receive())
-
-
-def _pong(ping: Ping) -> Pong:
-    return Pong(nonce=ping.nonce, padding=ping.padding)
 
 
 async def _refuse(stream: Stream, message: str) -> None:

@@ -9,6 +9,7 @@ import asyncio
 import logging
 from collections.abc import Awaitable, Callable, Iterable
 
+from llmasos.config import OPEN_TIMEOUT_S
 from llmasos.errors import ConnectionLostError
 from llmasos.network import Network, Stream
 from llmasos.wire import PROTOCOL, AnyMessage, Attach, NextHop, Result, Step, encode
@@ -47,7 +48,7 @@ class Outbox:
 
 
 class Link:
-    """Sends steps to `target` on a stream of its own, opened for the first of them. `serve()` must run meanwhile."""
+    """Sends steps to `target` on a stream of its own, which is opened at once. `serve()` must run meanwhile."""
 
     def __init__(
         self,
@@ -57,6 +58,7 @@ class Link:
         unsent: Callable[[Step, ConnectionLostError], None],
     ) -> None:
         self.target = target
+        self.passed: int | None = None  # the last step that was sent
         self.outbox = Outbox(self._push, moved)
         self._network = network
         self._unsent = unsent
@@ -64,22 +66,33 @@ class Link:
         self._broken: ConnectionLostError | None = None
 
     async def serve(self) -> None:
-        """Send until cancelled; then the stream ends."""
+        """Connect, and send until cancelled; then the stream ends."""
         try:
+            await self._connect()
             await self.outbox.serve()
         finally:
             if self._stream is not None:
                 await self._stream.close()
+
+    async def _connect(self) -> None:
+        target = self.target.contact
+        try:
+            async with asyncio.timeout(OPEN_TIMEOUT_S):
+                self._stream = await self._network.connect(target, PROTOCOL)
+                await self._stream.send(encode(Attach(session=self.target.session)))
+        except ConnectionLostError as error:
+            self._broken = error
+        except TimeoutError:
+            self._broken = ConnectionLostError(target.peer, f"does not answer within {OPEN_TIMEOUT_S:g} s")
 
     async def _push(self, message: AnyMessage) -> None:
         assert isinstance(message, Step), "a link carries steps and nothing else"
         try:
             if self._broken is not None:
                 raise self._broken
-            if self._stream is None:
-                self._stream = await self._network.connect(self.target.contact, PROTOCOL)
-                await self._stream.send(encode(Attach(session=self.target.session)))
+            assert self._stream is not None, "a link without a stream is broken"
             await self._stream.send(encode(message))
+            self.passed = message.step
         except ConnectionLostError as error:
             self._broken = error
             self._unsent(message, error)

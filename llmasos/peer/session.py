@@ -27,6 +27,8 @@ from llmasos.wire import (
     Failed,
     NextHop,
     Open,
+    Ping,
+    Pong,
     Replay,
     Reroute,
     Result,
@@ -88,6 +90,16 @@ class PeerSession:
     def tell(self, message: AnyMessage) -> None:
         """Send the client a message, behind those that wait already."""
         self._answers.put(message)
+
+    def pong(self, ping: Ping) -> Pong:
+        """The answer to a ping of the client."""
+        return Pong(
+            nonce=ping.nonce,
+            padding=ping.padding,
+            accepted=self._last_step if self._last_step >= 0 else None,
+            passed=self._link.passed if self._link is not None else None,
+            queued=self._engine.scheduler.queued_tokens_of(self.key),
+        )
 
     async def accept(self, step: Step) -> None:
         """Queue a step; a repeated one is answered from the record. Waits while too much of the session is under way.
