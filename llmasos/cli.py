@@ -1,17 +1,22 @@
 """llmasos: the command line for those who use a swarm."""
 
+import asyncio
 import json
 import sys
 from argparse import ArgumentParser, Namespace
+from collections.abc import Callable, Coroutine
 from dataclasses import asdict
-from typing import Any
+from typing import Any, NamedTuple
 
 from rich.table import Table
 from rich.text import Text
 
 from llmasos import __version__
+from llmasos.cli_serve import add_gateway, add_key, add_up, gateway, key, up
+from llmasos.client.chat import add_chat, chat
 from llmasos.config import NetworkConfig
 from llmasos.console import parser, run, say, set_up_logging, show, subcommand, talk, whole
+from llmasos.doctor import add_doctor, doctor
 from llmasos.errors import UsageError
 
 
@@ -49,16 +54,7 @@ async def generate(args: Namespace) -> None:
 
 async def status(args: Namespace) -> None:
     """What the swarm serves: a table, or one JSON object."""
-    say("joining the swarm", style="dim")
-    from llmasos.p2p import P2PNetwork
-    from llmasos.routing.directory import Directory
-    from llmasos.routing.view import status as describe
-
-    async with await P2PNetwork.create(NetworkConfig(listen=False)) as network:
-        await network.join(args.join)
-        directory = Directory(network)
-        await directory.refresh_all()
-        found = describe(directory.view, network.now())
+    found = await _look(args.join)
     if args.json:
         show(json.dumps(found, ensure_ascii=False))
         return
@@ -66,6 +62,47 @@ async def status(args: Namespace) -> None:
         say(f"no peer serves blocks here; start one: python -m llmasos.peer --blocks 0:12 --join {args.join[0]}")
     for model in found["models"]:
         _show_model(model, args.join[0])
+
+
+async def models(args: Namespace) -> None:
+    """What can be named as a model here: aliases, and what a swarm serves."""
+    from llmasos.blocks.registry import ALIASES, resolve
+
+    found: list[dict[str, Any]] = []
+    for name, alias in ALIASES.items():
+        spec = await asyncio.to_thread(resolve, name)
+        found.append({"model": name, "alias_of": alias.repository, "blocks": spec.blocks, "digest": spec.digest})
+    for served in (await _look(args.join))["models"] if args.join else []:
+        entry = next((entry for entry in found if entry["model"] == served["model"]), None)
+        if entry is None:
+            found.append(entry := {"model": served["model"], "alias_of": None, "blocks": served["blocks"]})
+        entry |= {"covered": served["covered"], "missing": served["missing"]}
+    if args.json:
+        show(json.dumps({"models": found}, ensure_ascii=False))
+        return
+    for entry in found:
+        notes = [f"{entry['blocks']} blocks"]
+        if entry["alias_of"]:
+            notes.append(f"alias of {entry['alias_of']}, embedded where its package is installed")
+        if "covered" in entry:
+            notes.append("served" if entry["covered"] else f"served but for {', '.join(entry['missing'])}")
+        show(entry["model"])
+        say(f"  {'; '.join(notes)}", style="dim")
+    say("besides: a hub id (organisation/name), a directory with safetensors, a .gguf file", style="dim")
+
+
+async def _look(join: list[str]) -> dict[str, Any]:
+    """The object of `status --json`."""
+    say("joining the swarm", style="dim")
+    from llmasos.p2p import P2PNetwork
+    from llmasos.routing.directory import Directory
+    from llmasos.routing.view import status as describe
+
+    async with await P2PNetwork.create(NetworkConfig(listen=False)) as network:
+        await network.join(join)
+        directory = Directory(network)
+        await directory.refresh_all()
+        return describe(directory.view, network.now())
 
 
 def _show_model(model: dict[str, Any], join: str) -> None:
@@ -107,6 +144,14 @@ def _prompt(text: str) -> str:
     return text
 
 
+def _add_join(command: ArgumentParser, *, required: bool = True) -> None:
+    command.add_argument("--join", action="append", required=required, metavar="MULTIADDR", help="a peer of the swarm")
+
+
+def _add_json(command: ArgumentParser) -> None:
+    command.add_argument("--json", action="store_true", help="one JSON object on stdout")
+
+
 def _add_generate(command: ArgumentParser) -> None:
     command.add_argument("prompt", help="the text to go on from; - reads stdin")
     command.add_argument("--model", default="smollm2", help="alias, directory, .gguf file or hub id")
@@ -116,33 +161,55 @@ def _add_generate(command: ArgumentParser) -> None:
     command.add_argument("--top-k", type=whole(0), default=0, help="0 for all (default)")
     command.add_argument("--seed", type=int, help="the same seed gives the same text")
     command.add_argument("--stop", action="append", metavar="TEXT", help="end before this text; repeatable")
+    _add_join(command)
+    _add_json(command)
 
 
+def _add_status(command: ArgumentParser) -> None:
+    _add_join(command)
+    _add_json(command)
+
+
+def _add_models(command: ArgumentParser) -> None:
+    _add_join(command, required=False)
+    _add_json(command)
+
+
+class Command(NamedTuple):
+    """A command: what runs it, what it takes, what its help says."""
+
+    run: Callable[[Namespace], Coroutine[Any, Any, None]]
+    add: Callable[[ArgumentParser], None]
+    description: str
+    example: str
+
+
+JOIN = "--join /ip4/127.0.0.1/tcp/31337/p2p/12D3Koo…"
 COMMANDS = {
-    "generate": (
-        generate,
-        "Generate text through a swarm.",
-        '  llmasos generate "The world is" --join /ip4/127.0.0.1/tcp/31337/p2p/12D3Koo…',
+    "up": Command(up, add_up, "Start a swarm, a gateway and a web page on this machine.", "  llmasos up --peers 3"),
+    "generate": Command(
+        generate, _add_generate, "Generate text through a swarm.", f'  llmasos generate "The world is" {JOIN}'
     ),
-    "status": (
-        status,
-        "Show the models and peers of a swarm.",
-        "  llmasos status --join /ip4/127.0.0.1/tcp/31337/p2p/12D3Koo… --json",
+    "chat": Command(chat, add_chat, "Talk with a model in the terminal.", f"  llmasos chat {JOIN}"),
+    "gateway": Command(
+        gateway, add_gateway, "Serve a swarm over HTTP, as OpenAI's clients speak it.", f"  llmasos gateway {JOIN}"
     ),
+    "key": Command(
+        key, add_key, "Make an API key for a gateway.", "  llmasos key alice --file keys.toml --requests-per-minute 60"
+    ),
+    "status": Command(status, _add_status, "Show the models and peers of a swarm.", f"  llmasos status {JOIN} --json"),
+    "models": Command(models, _add_models, "List what can be named as a model.", f"  llmasos models {JOIN}"),
+    "doctor": Command(doctor, add_doctor, "Find out what is wrong here.", f"  llmasos doctor {JOIN}"),
 }
 
 
 def build_parser() -> ArgumentParser:
     """All commands and their options."""
-    top = parser("llmasos", "Use a swarm of language model peers.", COMMANDS["generate"][2])
+    top = parser("llmasos", "Use a swarm of language model peers.", COMMANDS["generate"].example)
     top.add_argument("--version", action="version", version=f"llmasos {__version__}")
     commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    for name, (_, description, example) in COMMANDS.items():
-        command = subcommand(commands, name, description, example)
-        if name == "generate":
-            _add_generate(command)
-        command.add_argument("--join", action="append", required=True, metavar="MULTIADDR", help="a peer of the swarm")
-        command.add_argument("--json", action="store_true", help="one JSON object on stdout")
+    for name, command in COMMANDS.items():
+        command.add(subcommand(commands, name, command.description, command.example))
     return top
 
 
@@ -150,7 +217,7 @@ def main() -> None:
     """The entry point."""
     args = build_parser().parse_args()
     set_up_logging(debug=args.debug)
-    run(COMMANDS[args.command][0], args)
+    run(COMMANDS[args.command].run, args)
 
 
 if __name__ == "__main__":

@@ -229,6 +229,17 @@ class AsyncLLMasOS:
         assert self._network is not None
         return status(directory.view, self._network.now())
 
+    @property
+    def alive(self) -> bool:
+        """Whether this client has its place in the swarm, and has not lost it for good."""
+        return self._network is not None and not self._network.failed.is_set()
+
+    def round_trips(self) -> dict[str, float]:
+        """Seconds to each peer that this client has measured."""
+        assert self._network is not None
+        health, now = self._joined.health, self._network.now()
+        return {peer: rtt_s for peer in health if (rtt_s := health.observed(peer, now).rtt_s) is not None}
+
     # --- below the surface -------------------------------------------------------------------------------------------
 
     async def _stream(self, request: GenerationRequest, model_name: str) -> AsyncIterator[str | Generation]:

@@ -1,0 +1,189 @@
+"""Commands that stay: a gateway, and a whole swarm with one."""
+
+import asyncio
+import os
+from argparse import ArgumentParser, ArgumentTypeError, Namespace
+from collections.abc import Coroutine
+from pathlib import Path
+from typing import Any
+
+from llmasos.config import GatewayConfig
+from llmasos.console import say, show, stop_signal, whole
+from llmasos.errors import UsageError
+from llmasos.local import LocalSwarm, split_evenly
+
+
+def _add_listen(command: ArgumentParser) -> None:
+    config = GatewayConfig()
+    command.add_argument("--host", default=config.host, help="address to listen on (default: %(default)s)")
+    command.add_argument("--port", type=_port, default=config.port, help="0 takes a free one (default: %(default)s)")
+    command.add_argument("--api-key-file", type=Path, metavar="FILE", help="let in only keys of this file: llmasos key")
+    command.add_argument(
+        "--cors-origin",
+        action="append",
+        default=[],
+        metavar="ORIGIN",
+        help="let web pages of this origin call the gateway; repeatable (default: none)",
+    )
+    command.add_argument(
+        "--max-running", type=whole(1), default=config.max_running, help="texts at once (default: %(default)s)"
+    )
+    command.add_argument(
+        "--max-waiting", type=whole(0), default=config.max_waiting, help="requests that may wait (default: %(default)s)"
+    )
+
+
+def add_gateway(command: ArgumentParser) -> None:
+    """The options of `llmasos gateway`."""
+    command.add_argument("--join", action="append", required=True, metavar="MULTIADDR", help="a peer of the swarm")
+    command.add_argument(
+        "--model",
+        action="append",
+        default=[],
+        metavar="PATH",
+        help="directory or .gguf file of a model that the swarm serves; aliases and hub ids need none",
+    )
+    _add_listen(command)
+
+
+def add_up(command: ArgumentParser) -> None:
+    """The options of `llmasos up`."""
+    command.add_argument("--peers", type=whole(1), default=3, help="how many share the blocks (default: %(default)s)")
+    command.add_argument("--model", default="smollm2", help="(default: %(default)s)")
+    _add_listen(command)
+
+
+def add_key(command: ArgumentParser) -> None:
+    """The options of `llmasos key`."""
+    command.add_argument("name", help="whose key it is")
+    command.add_argument("--file", type=Path, required=True, help="key file to add it to; made if it is not there")
+    command.add_argument("--scope", action="append", metavar="SCOPE", help="generate or swarm (default: both)")
+    command.add_argument("--model", action="append", metavar="MODEL", help="only this model; repeatable (default: all)")
+    for limit, meaning in (
+        ("requests-per-minute", "requests that may begin in a minute"),
+        ("tokens-per-minute", "tokens of prompts and answers in a minute"),
+        ("concurrent", "requests at once"),
+    ):
+        command.add_argument(f"--{limit}", type=whole(1), metavar="N", help=f"{meaning} (default: no limit)")
+
+
+async def gateway(args: Namespace) -> None:
+    """Join a swarm and serve it over HTTP until told to stop. stdout: the address."""
+    stop = stop_signal()
+    await _serve(args, args.join, tuple(args.model), stop)
+    say("stopped")
+
+
+async def up(args: Namespace) -> None:
+    """A bootstrap, peers and a gateway on this machine, until told to stop. stdout: the address of the gateway."""
+    stop = stop_signal()
+    say(f"reading the header of {args.model}")
+    from llmasos.blocks.registry import resolve
+
+    spans = split_evenly((await asyncio.to_thread(resolve, args.model)).blocks, args.peers)
+    say(f"starting a bootstrap and {len(spans)} peers of {args.model}: {', '.join(map(str, spans))}")
+    async with LocalSwarm(model=args.model, show_talk=args.debug) as swarm:
+        if await _unless_stopped(swarm.start_peers(spans), stop):
+            await _serve(args, [swarm.address], (args.model,), stop)
+        say("stopping every process")
+    say("stopped")
+
+
+async def _unless_stopped(work: Coroutine[Any, Any, Any], stop: asyncio.Event) -> bool:
+    """Whether `work` came to its end before a signal did."""
+    tasks = [asyncio.create_task(work), asyncio.create_task(stop.wait(), name="signal")]
+    await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+    finished = tasks[0].done()
+    for task in tasks:
+        task.cancel()
+    await asyncio.gather(*tasks, return_exceptions=True)
+    if finished:
+        tasks[0].result()
+    return finished
+
+
+async def _serve(args: Namespace, join: list[str], models: tuple[str, ...], stop: asyncio.Event) -> None:
+    say("joining the swarm")
+    from llmasos.client.async_client import AsyncLLMasOS
+    from llmasos.client.gateway import serve
+
+    config = GatewayConfig(
+        host=args.host,
+        port=args.port,
+        models=models,
+        api_key_file=args.api_key_file,
+        cors_origins=tuple(args.cors_origin),
+        max_running=args.max_running,
+        max_waiting=args.max_waiting,
+    )
+    async with AsyncLLMasOS(join) as client:
+        runner = await serve(client, config)
+        try:
+            host, port = runner.addresses[0][:2]
+            url = f"http://{f'[{host}]' if ':' in host else host}:{port}"
+            show(url)
+            _say_ready(url, join[0], config)
+            await stop.wait()
+            say("stopping")
+        finally:
+            await runner.cleanup()
+
+
+def _say_ready(url: str, join: str, config: GatewayConfig) -> None:
+    say(f"the gateway is ready at {url}", style="bold green")
+    say(f"  page     {url}/")
+    say(f'  openai   OpenAI(base_url="{url}/v1", api_key="{"…" if config.api_key_file else "none"}")')
+    say(f"  curl     curl {url}/v1/chat/completions -H 'Content-Type: application/json' \\")
+    say('             -d \'{"model": "smollm2", "messages": [{"role": "user", "content": "Hello!"}]}\'')
+    say(f"  join     {join}")
+    if config.api_key_file is None and config.host not in ("127.0.0.1", "::1", "localhost"):
+        say(f"  keys     none: whoever reaches {config.host} may use it; see llmasos key --help", style="yellow")
+    say("  stop     Ctrl-C")
+
+
+async def key(args: Namespace) -> None:
+    """Make a key, append its hash to the file, and write the key to stdout: it is shown this once."""
+    from llmasos.client.gateway_keys import load_keys, new_key
+
+    secret, lines = new_key(args.name)
+    if args.scope:
+        lines += f"scopes = {_toml(args.scope)}\n"
+    if args.model:
+        lines += f"models = {_toml(args.model)}\n"
+    for limit in ("requests_per_minute", "tokens_per_minute", "concurrent"):
+        if (value := getattr(args, limit)) is not None:
+            lines += f"{limit} = {value}\n"
+    await asyncio.to_thread(_append, args.file, lines)
+    try:
+        await asyncio.to_thread(load_keys, args.file)
+    except UsageError:
+        await asyncio.to_thread(_take_back, args.file, lines)
+        raise
+    show(secret)
+    say(f"added to {args.file}, as a hash: the key is shown this once", style="dim")
+
+
+def _toml(values: list[str]) -> str:
+    quoted = ", ".join('"' + value.replace("\\", "\\\\").replace('"', '\\"') + '"' for value in values)
+    return f"[{quoted}]"
+
+
+def _append(path: Path, lines: str) -> None:
+    """Add to a file that only its owner can read."""
+    try:
+        with os.fdopen(os.open(path, os.O_CREAT | os.O_RDWR | os.O_APPEND, 0o600), "r+") as file:
+            file.seek(0)
+            file.write(("\n" if file.read() else "") + lines)
+    except OSError as error:
+        raise UsageError(f"{path} cannot be written: {error.strerror}") from error
+
+
+def _take_back(path: Path, lines: str) -> None:
+    path.write_text(path.read_text().removesuffix(lines).rstrip("\n") + "\n")
+
+
+def _port(text: str) -> int:
+    port = whole(0)(text)
+    if port > 65535:
+        raise ArgumentTypeError(f"there are no ports above 65535, so {port} is not one")
+    return port
