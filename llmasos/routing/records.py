@@ -13,6 +13,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import StrEnum
+from functools import lru_cache
 from typing import Any, NoReturn, TypeVar, get_args
 
 from llmasos.config import MAX_RECORD_BYTES, DType
@@ -42,6 +43,8 @@ MAX_TOKENS = 2**31
 """As `wire.Count`."""
 MAX_INCARNATION = 2**63 - 1
 """Nanoseconds since the epoch fit until the year 2262."""
+MAX_PARSED = 4_096
+"""Records kept as they were parsed, 2 kB each: most of a look-up is what the one before it found."""
 MAX_CLOCK_SKEW_S = 10.0
 """How far in our future a record may have been made: NTP keeps hosts within 0.1 s, forgotten ones drift seconds."""
 
@@ -162,34 +165,39 @@ class PeerRecord:
     @classmethod
     def from_bytes(cls, data: bytes, *, peer: str, now: float) -> "PeerRecord":
         """Parse what `peer` (authenticated) has published. Raises RecordError, never anything else."""
-        fields = _parse_object(data)
-        record = cls(
-            peer=_take(fields, "peer", str),
-            name=_take(fields, "name", str, ""),
-            model=_take(fields, "model", str),
-            digest=_take(fields, "digest", str),
-            model_blocks=_take(fields, "model_blocks", int),
-            span=_take_span(fields),
-            state=_take_state(fields),
-            incarnation=_take(fields, "incarnation", int),
-            announced_at=_take_float(fields, "announced_at"),
-            addresses=_take_addresses(fields),
-            dtype=_take(fields, "dtype", str),
-            quantization=_take(fields, "quantization", str, "none"),
-            version=_take(fields, "version", str),
-            block_seconds=_take_float(fields, "block_seconds"),
-            row_seconds=_take_float(fields, "row_seconds"),
-            throughput=_take_float(fields, "throughput"),
-            active_sessions=_take(fields, "active_sessions", int, 0),
-            queued_tokens=_take(fields, "queued_tokens", int, 0),
-            kv_free_tokens=_take(fields, "kv_free_tokens", int),
-            kv_total_tokens=_take(fields, "kv_total_tokens", int),
-        )
+        record = _parse(data)
         if record.peer != peer:
             raise RecordError("peer", f"is not {peer}, who has signed it")
         if record.announced_at > now + MAX_CLOCK_SKEW_S:
             raise RecordError("announced_at", f"lies {record.announced_at - now:.0f} s in the future")
         return record
+
+
+@lru_cache(maxsize=MAX_PARSED)
+def _parse(data: bytes) -> PeerRecord:
+    fields = _parse_object(data)
+    return PeerRecord(
+        peer=_take(fields, "peer", str),
+        name=_take(fields, "name", str, ""),
+        model=_take(fields, "model", str),
+        digest=_take(fields, "digest", str),
+        model_blocks=_take(fields, "model_blocks", int),
+        span=_take_span(fields),
+        state=_take_state(fields),
+        incarnation=_take(fields, "incarnation", int),
+        announced_at=_take_float(fields, "announced_at"),
+        addresses=_take_addresses(fields),
+        dtype=_take(fields, "dtype", str),
+        quantization=_take(fields, "quantization", str, "none"),
+        version=_take(fields, "version", str),
+        block_seconds=_take_float(fields, "block_seconds"),
+        row_seconds=_take_float(fields, "row_seconds"),
+        throughput=_take_float(fields, "throughput"),
+        active_sessions=_take(fields, "active_sessions", int, 0),
+        queued_tokens=_take(fields, "queued_tokens", int, 0),
+        kv_free_tokens=_take(fields, "kv_free_tokens", int),
+        kv_total_tokens=_take(fields, "kv_total_tokens", int),
+    )
 
 
 _FIELDS = tuple(PeerRecord.__slots__)

@@ -111,6 +111,8 @@ class SwarmView:
         lease_ends = record.announced_at + LEASE_S if expires_at is None else expires_at
         lease_ends = min(lease_ends, record.announced_at + MAX_LEASE_S)
         if known is not None:
+            if known.record is record and known.expires_at == lease_ends:
+                return True
             self.remove(record.peer, record.model)
         self._models.setdefault(record.model, {})[record.peer] = _Entry(record, lease_ends)
         self._size += 1

@@ -224,3 +224,13 @@ def test_a_usual_record_is_small() -> None:
     address = "/ip4/203.0.113.77/tcp/40001"
     record = a_record("12D3KooW" + "x" * 44, digest="sha256:" + "0" * 64, addresses=(address,) * 8)
     assert len(record.to_bytes()) < 900
+
+
+def test_a_record_that_has_not_changed_is_not_parsed_again() -> None:
+    data, peer = a_record().to_bytes(), a_record().peer
+    first = PeerRecord.from_bytes(data, peer=peer, now=NOW)
+    assert PeerRecord.from_bytes(bytes(bytearray(data)), peer=peer, now=first.announced_at) is first
+    with pytest.raises(RecordError, match="who has signed it"):  # what depends on who asks, and when, is still checked
+        PeerRecord.from_bytes(data, peer="somebody else", now=first.announced_at)
+    with pytest.raises(RecordError, match="in the future"):
+        PeerRecord.from_bytes(data, peer=peer, now=first.announced_at - 1_000)
