@@ -25,9 +25,7 @@ def main() -> None:
     parser.add_argument("--peers", type=int, nargs="+", default=SIZES)
     parser.add_argument("--duration", type=float, default=600.0, help="virtual seconds (default: %(default)s)")
     args = parser.parse_args()
-    print(
-        f"{'peers':>6}  {'tokens':>8}  {'events':>10}  {'virtual s':>9}  {'real s':>7}  {'cpu s':>7}  {'peak MiB':>8}  {'p95 s':>7}"
-    )
+    print(" peers    tokens      events  virtual s   real s    cpu s  peak MiB    p95 s")
     for peers in args.peers:
         report = measure(peers, args.duration)
         print(

@@ -213,7 +213,10 @@ def flow_rows_per_s(peers: Sequence[tuple[Span, float]], blocks: int) -> float:
     """
     if not peers:
         return 0.0
-    order = sorted(peers, key=lambda peer: peer[0].end)
+    together: dict[Span, float] = {}
+    for span, capacity in peers:
+        together[span] = together.get(span, 0.0) + capacity
+    order = sorted(together.items(), key=lambda group: (group[0].end, group[0].start))
     low, high = 0.0, sum(rate for _, rate in peers) / blocks
     for _ in range(40):
         middle = (low + high) / 2

@@ -90,7 +90,9 @@ class SimRunner:
         hidden = chunk.hidden
         if (hidden.dtype, hidden.hidden) != (self.dtype, HIDDEN):
             return Fault(f"expected float32 rows of {HIDDEN}, got {hidden.dtype} rows of {hidden.hidden}", sender=True)
-        caches = self._caches.setdefault(chunk.session, {block: array("Q") for block in chunk.span.blocks()})
+        caches = self._caches.get(chunk.session)
+        if caches is None:
+            caches = self._caches[chunk.session] = {block: array("Q") for block in chunk.span.blocks()}
         cached = len(caches[chunk.span.start])
         if chunk.position > cached:
             return Fault(f"rows at position {chunk.position}, but {cached} are cached", sender=True)
@@ -99,7 +101,8 @@ class SimRunner:
             return Fault("the activations hold numbers that are none", sender=True)
         for block in chunk.span.blocks():
             cache = caches[block]
-            del cache[chunk.position :]
+            if cached > chunk.position:
+                del cache[chunk.position :]
             rows = run_block(block, cache, rows)
         return from_numbers(rows)
 
@@ -107,6 +110,10 @@ class SimRunner:
 def run_block(block: int, cache: "array[int]", rows: Sequence[int]) -> list[int]:
     """The outputs of one block for `rows` behind what `cache` holds; appends them to it."""
     before = cache[-1] if cache else 0
+    if len(rows) == 1:  # decoding: most of what a simulation computes
+        before = (A * before + B * rows[0] + C * (block + 1) + D * (len(cache) + 1)) % PRIME
+        cache.append(before)
+        return [before]
     outputs = []
     for position, row in enumerate(rows, start=len(cache)):
         before = (A * before + B * row + C * (block + 1) + D * (position + 1)) % PRIME
