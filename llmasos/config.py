@@ -87,6 +87,9 @@ class PeerConfig:
     device: str = "auto"
     dtype: str = "auto"
     quantize: str = "none"
+    """Weights of int8 (a scale per output) or int4 (a scale and a minimum per 64); rows stay as `dtype` says."""
+    engine: str = "auto"
+    """What runs the blocks: auto takes the compiled kernels where they fit, torch elsewhere."""
     max_blocks: int | None = None
     """Most blocks that `auto` may take; None takes as many as half of the free memory holds."""
     kv_tokens: int | None = None

@@ -44,6 +44,11 @@ class DecoderBlocks:
     bit for bit, in packed float32 and bfloat16 models on a CPU; experts that are chosen per row are the exception.
     """
 
+    quantization = "none"
+    """How weights are rounded beyond `dtype`, in the word that peers announce."""
+    runs_on = "torch"
+    """What computes, in a word for people."""
+
     def __init__(self, spec: ModelSpec, span: Span, dtype: str, device: str, body: Anatomy, chain: Chain) -> None:
         self.span = span
         self.hidden_size = spec.hidden_size

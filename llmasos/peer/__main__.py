@@ -5,7 +5,6 @@ from pathlib import Path
 
 from llmasos.config import NetworkConfig, PeerConfig
 from llmasos.console import parser, run, say, seconds, set_up_logging, whole
-from llmasos.errors import UsageError
 from llmasos.span import Span
 
 EXAMPLE = """  python -m llmasos.peer --blocks 0:12                                    # start a swarm of your own
@@ -25,8 +24,6 @@ async def serve(args: Namespace) -> None:
 
 
 def _config(args: Namespace) -> PeerConfig:
-    if args.quantize != "none":
-        raise UsageError(f"--quantize {args.quantize} is not served by this version", hint="leave it at none")
     return PeerConfig(
         model=args.model,
         blocks=args.blocks,
@@ -34,6 +31,7 @@ def _config(args: Namespace) -> PeerConfig:
         device=args.device,
         dtype=args.dtype,
         quantize=args.quantize,
+        engine=args.engine,
         max_blocks=args.max_blocks,
         kv_tokens=args.kv_tokens,
         max_batch_tokens=args.max_batch_tokens,
@@ -59,6 +57,12 @@ def build_parser() -> ArgumentParser:
         "--dtype", default="auto", choices=["auto", "float32", "bfloat16", "float16"], help="(default: %(default)s)"
     )
     args.add_argument("--quantize", default="none", choices=["none", "int8", "int4"], help="(default: %(default)s)")
+    args.add_argument(
+        "--engine",
+        default="auto",
+        choices=["auto", "torch", "native"],
+        help="what runs the blocks: compiled kernels where they fit, else torch (default: %(default)s)",
+    )
     args.add_argument("--kv-tokens", type=whole(1), help="room for cached tokens (default: a quarter of free memory)")
     args.add_argument(
         "--max-batch-tokens", type=whole(1), default=PeerConfig().max_batch_tokens, help="rows of one pass"

@@ -3,6 +3,8 @@
 import asyncio
 import random
 import secrets
+from collections.abc import Callable
+from functools import partial
 
 from llmasos.blocks.devices import free_memory_bytes, resolve_device, resolve_dtype
 from llmasos.blocks.layers import DecoderBlocks, load_blocks
@@ -37,10 +39,11 @@ async def serve(config: PeerConfig) -> None:
             await network.join(config.network.join)
         directory = Directory(network)
         await directory.refresh(spec.name)
-        span = wanted or await _choose(directory, spec, network, dtype, device, config.max_blocks)
+        load = partial(load_blocks, spec, dtype=dtype, device=device, engine=config.engine, quantize=config.quantize)
+        span = wanted or await _choose(directory, spec, network, load, config.max_blocks)
         # 3. The weights.
         with progress(f"loading blocks {span} of {spec.name}") as report:
-            blocks = await asyncio.to_thread(load_blocks, spec, span, dtype=dtype, device=device, progress=report)
+            blocks = await asyncio.to_thread(load, span, progress=report)
         runner = TorchRunner(blocks)
         served = Served(spec.name, spec.digest, spec.blocks, spec.context_tokens)
         kv_tokens = config.kv_tokens or _kv_tokens(blocks)
@@ -67,12 +70,16 @@ def _checked(span: Span, spec: ModelSpec) -> Span:
 
 
 async def _choose(
-    directory: Directory, spec: ModelSpec, network: P2PNetwork, dtype: str, device: str, max_blocks: int | None
+    directory: Directory,
+    spec: ModelSpec,
+    network: P2PNetwork,
+    load: Callable[..., DecoderBlocks],
+    max_blocks: int | None,
 ) -> Span:
     """The range that helps the swarm most (`--blocks auto`), for what one block takes here in time and memory."""
     with progress(f"trying one block of {spec.name}") as report:
-        block = await asyncio.to_thread(load_blocks, spec, Span(0, 1), dtype=dtype, device=device, progress=report)
-    room = int(free_memory_bytes(device) * WEIGHTS_SHARE / max(block.weight_bytes, 1))
+        block = await asyncio.to_thread(load, Span(0, 1), progress=report)
+    room = int(free_memory_bytes(block.device) * WEIGHTS_SHARE / max(block.weight_bytes, 1))
     length = min(max_blocks or room, room, spec.blocks)
     runner = TorchRunner(block)
     speed = await runner.measure()
@@ -124,7 +131,8 @@ def _say_ready(peer: Peer, blocks: DecoderBlocks, directory: Directory, multiadd
     kv = peer.engine.scheduler.kv_tokens
     gib = kv * blocks.kv_bytes_per_token / 2**30
     say(f"peer {peer.network.peer_id} is ready", style="bold green")
-    say(f"  serves   {model} blocks {blocks.span} of 0:{spec_blocks}, {blocks.dtype} on {blocks.device}")
+    numbers = blocks.dtype if blocks.quantization == "none" else f"{blocks.dtype} with {blocks.quantization} weights"
+    say(f"  serves   {model} blocks {blocks.span} of 0:{spec_blocks}, {numbers} on {blocks.device}, {blocks.runs_on}")
     rows_per_s, alone_ms = peer.speed.throughput(len(blocks.span)), 1e3 * peer.speed.first_row_s
     say(f"  speed    {rows_per_s:,.0f} rows/s in full batches; a row alone takes {alone_ms:.2f} ms a block")
     say(f"  room     {kv:,} cached tokens ({gib:.1f} GiB when full)")

@@ -37,7 +37,7 @@ class NativeCache(SessionCache):
 
 
 class NativeBlocks(DecoderBlocks):
-    """The blocks `span` of a model, compiled. Weights are of `weights` kind; rows are computed in float32.
+    """The blocks `span` of a model, compiled. Whatever the weights are kept as, rows and kv are float32 in here.
 
     The result for a session is bit for bit the same whoever shares the call, however its prompt was cut, with any
     number of threads, and on every x86-64 machine with AVX2.
@@ -53,10 +53,13 @@ class NativeBlocks(DecoderBlocks):
         chain: Chain,
         stack: Stack,
         angles: Angles,
+        quantize: str,
     ) -> None:
         super().__init__(spec, span, dtype, device, body, chain)
         self.weight_bytes = stack.weight_bytes
         self.kv_bytes_per_token = len(span) * stack.kv_bytes_per_token
+        self.quantization = quantize
+        self.runs_on = f"compiled kernels ({stack.variant})"
         self._stack = stack
         self._angles = angles
 

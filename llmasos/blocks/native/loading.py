@@ -74,7 +74,7 @@ def load_natively(
         done += loader.nbytes(names)
         if progress is not None:
             progress(done, total)
-    return NativeBlocks(spec, span, dtype, device, _without_weights(body), chain, stack, angles)
+    return NativeBlocks(spec, span, dtype, device, _without_weights(body), chain, stack, angles, quantize)
 
 
 def _kind(dtype: str, device: str, quantize: str) -> str:

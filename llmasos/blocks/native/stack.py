@@ -161,6 +161,7 @@ class Stack:
         self.call = library().call
         struct = GeometryStruct(g.hidden, g.heads, g.kv_heads, g.head_dim)
         index = library().variant(variant)
+        self.variant = next(name for name, other in library().variants.items() if other == index)
         self.handle = _given(self.call["stack_new"](ctypes.byref(struct), threads, index))
         self._tables: dict[int, tuple[Array, Array]] = {}
 
