@@ -68,7 +68,9 @@ def build_parser() -> ArgumentParser:
         "--max-batch-tokens", type=whole(1), default=PeerConfig().max_batch_tokens, help="rows of one pass"
     )
     args.add_argument("--max-blocks", type=whole(1), help="most blocks that --blocks auto may take")
-    args.add_argument("--drain-timeout", type=seconds, default=PeerConfig().drain_timeout_s, metavar="S")
+    args.add_argument(
+        "--drain-timeout", type=seconds, default=PeerConfig().drain_timeout_s, metavar="S", help="grace on stopping"
+    )
     args.add_argument("--log-format", default="pretty", choices=["pretty", "json"], help="(default: %(default)s)")
     return args
 
