@@ -274,7 +274,9 @@ class AsyncLLMasOS:
         """The ends of a model on this machine, loaded when first asked for."""
         async with self._loading:
             if model_name not in self._generators:
-                self._generators[model_name] = await asyncio.to_thread(_load, model_name, self._config.speculate)
+                self._generators[model_name] = await asyncio.to_thread(
+                    _load, model_name, self._config.speculate, self._config.dtype
+                )
             return self._generators[model_name]
 
     async def _run(self, request: GenerationRequest, model_name: str) -> Generation:
@@ -297,6 +299,6 @@ class AsyncLLMasOS:
         return self._router
 
 
-def _load(model_name: str, speculate: bool) -> Generator:
+def _load(model_name: str, speculate: bool, dtype: str) -> Generator:
     spec = resolve(model_name)
-    return Generator(spec, load_ends(spec), load_tokenizer(spec), speculate=speculate)
+    return Generator(spec, load_ends(spec, dtype=dtype), load_tokenizer(spec), speculate=speculate)
