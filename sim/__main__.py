@@ -3,30 +3,35 @@
 import asyncio
 import json
 import time
-from argparse import ArgumentParser, Namespace
+from argparse import ArgumentParser, ArgumentTypeError, Namespace
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from llmasos.console import QUIET_S, parser, run, say, set_up_logging, show, stop_signal, subcommand, talk, whole
-from llmasos.errors import LLMasOSError
+from llmasos.errors import LLMasOSError, UsageError
+from llmasos.local import split_evenly
 from sim import plot
 from sim.baselines import POLICIES
 from sim.compare import compare
 from sim.compare import draw as draw_comparison
 from sim.hunt import Verdict, hunt
 from sim.invariants import ViolationError
-from sim.local import LocalSwarm, split_evenly
 from sim.scenario import HERE, load, resize, scenarios
 from sim.simulation import simulate
 
 if TYPE_CHECKING:
     from llmasos.client.generate import Generation
+    from llmasos.span import Span
+    from sim.local import LocalReport, LocalWork
 
 COMPARE_EXAMPLE = "  python -m sim compare stragglers --seed 7 --plot stragglers.png"
 HUNT_EXAMPLE = "  python -m sim hunt --scenario churn --seeds 1000 --peers 12 --duration 60"
 RUN_EXAMPLE = """  python -m sim run churn --peers 100 --seed 7
   python -m sim run sim/scenarios/liars.toml --json > report.json"""
-EXAMPLE = '  python -m sim local --peers 3 --prompt "The world is"'
+CALIBRATE_EXAMPLE = "  python -m sim calibrate --model smollm2 --blocks 0:10"
+EXAMPLE = """  python -m sim local --peers 3 --prompt "The world is"
+  python -m sim local --peers 3 --replicas 2 --clients 4 --requests 20 --kill peer2@5s --restart peer2@9s"""
 
 
 async def local(args: Namespace) -> None:
@@ -48,9 +53,17 @@ async def local(args: Namespace) -> None:
 async def _local(args: Namespace) -> None:
     say(f"reading the header of {args.model}")
     from llmasos.blocks.registry import resolve
-    from llmasos.client.async_client import AsyncLLMasOS
+    from sim.local import LocalFault, LocalSwarm, LocalWork, run_work
 
-    spans = split_evenly(resolve(args.model).blocks, args.peers)
+    blocks = resolve(args.model).blocks
+    spans = [*(args.spans or split_evenly(blocks, args.peers))] * args.replicas
+    faults = [LocalFault.parse("kill", text) for text in args.kill]
+    faults += [LocalFault.parse("stop", text) for text in args.stop]
+    faults += [LocalFault.parse("restart", text) for text in args.restart]
+    prompts = tuple(_prompts(args))
+    requests = args.requests or max(args.clients, len(prompts))
+    work = LocalWork(prompts, args.clients, requests, args.max_new_tokens, tuple(faults))
+    demo = requests == 1 and not faults and not args.json
     begin = time.monotonic()
     say("starting a bootstrap")
     async with LocalSwarm(model=args.model, show_talk=args.debug) as swarm:
@@ -58,14 +71,67 @@ async def _local(args: Namespace) -> None:
         say(f"starting {len(spans)} peers of {args.model}, each a process of its own: {', '.join(map(str, spans))}")
         for peer in await swarm.start_peers(spans):
             say(f"  {peer.name}  {peer.address}")
+        names = {peer.peer_id: peer.name for peer in swarm.peers.values()}
         say(f"the swarm is up after {time.monotonic() - begin:.1f} s; generating\n")
-        async with AsyncLLMasOS(swarm.address) as client:
-            result = await client.generate(args.prompt, args.model, max_new_tokens=args.max_new_tokens)
-        show(args.prompt + result.text)
-        _report(result, {peer.peer_id: peer.name for peer in swarm.peers.values()})
-    say("\nstopped every process. Try next:")
-    say("  python -m llmasos.peer --blocks 0:30          # a swarm of your own, of one peer")
-    say('  llmasos generate "Once upon a time" --join …  # with the address that it prints')
+
+        def finished(result: "Generation") -> None:
+            if demo:
+                show(prompts[0] + result.text)
+                _report(result, names)
+
+        report = await run_work(swarm, spans, work, each=finished)
+    if not demo:
+        talk.print(report.table())
+    if demo and report.failed:
+        raise LLMasOSError(report.errors[0])
+    single = await _single(args, blocks, work) if args.speedup else None
+    if single is not None:
+        ratio = report.tokens_per_s / single.tokens_per_s
+        say(f"one peer alone: {single.tokens_per_s:.1f} tokens/s; speedup T1/Tn = {ratio:.2f} with {len(spans)} peers")
+    if args.json:
+        show(json.dumps({**report.as_dict(), "single_peer": single.as_dict() if single is not None else None}))
+    elif not demo:
+        show(f"requests={report.requests} failed={report.failed} tokens_per_s={report.tokens_per_s:.2f}")
+    if demo:
+        say("\nstopped every process. Try next:")
+        say("  python -m llmasos.peer --blocks 0:30          # a swarm of your own, of one peer")
+        say('  llmasos generate "Once upon a time" --join …  # with the address that it prints')
+    elif report.failed:
+        raise LLMasOSError(f"{report.failed} of {report.requests} requests failed: {report.errors[0]}")
+
+
+async def _single(args: Namespace, blocks: int, work: "LocalWork") -> "LocalReport":
+    """The same work on one peer that has all blocks, undisturbed."""
+    from llmasos.span import Span
+    from sim.local import LocalSwarm, run_work
+
+    say("the same work on one peer with all blocks, for comparison")
+    async with LocalSwarm(model=args.model, show_talk=args.debug) as swarm:
+        spans = [Span(0, blocks)]
+        await swarm.start_peers(spans)
+        return await run_work(swarm, spans, replace(work, faults=()))
+
+
+def _prompts(args: Namespace) -> list[str]:
+    if args.prompts is None:
+        return [args.prompt]
+    try:
+        lines = [line for line in args.prompts.read_text(encoding="utf-8").splitlines() if line.strip()]
+    except (OSError, UnicodeDecodeError) as error:
+        raise UsageError(f"cannot read prompts from {args.prompts}: {error}") from None
+    if not lines:
+        raise UsageError(f"{args.prompts} holds no prompt", hint="write one a line")
+    return lines
+
+
+def _spans(text: str) -> list["Span"]:
+    """An argparse type: `0:10,10:20`."""
+    from llmasos.span import Span
+
+    try:
+        return [Span.parse(part) for part in text.split(",")]
+    except UsageError as error:
+        raise ArgumentTypeError(error.message) from None
 
 
 def _report(result: "Generation", names: dict[str, str]) -> None:
@@ -78,6 +144,21 @@ def _report(result: "Generation", names: dict[str, str]) -> None:
         f"{result.completion_tokens} tokens, {result.tokens_per_s:.1f} tokens/s, "
         f"first token after {result.time_to_first_token_s:.2f} s"
     )
+
+
+async def measure_runner(args: Namespace) -> None:
+    """The cost model of this machine."""
+    from llmasos.span import Span
+    from sim.calibrate import calibrate
+
+    span = Span.parse(args.blocks)
+    say(f"loading blocks {span} of {args.model}, and timing passes of 1 to 128 rows on one thread")
+    found = await calibrate(args.model, span)
+    say("sessions  rows   ms a block   the line says")
+    for point in found.points:
+        say(f"{point.sessions:8}  {point.rows:4}   {1e3 * point.block_s:10.3f}   {1e3 * found.predict(point):10.3f}")
+    say(f"the line misses by {found.worst_error:.0%} at most; for a scenario:\n")
+    show(found.as_toml())
 
 
 def list_scenarios(args: Namespace) -> None:
@@ -206,6 +287,19 @@ def build_parser() -> ArgumentParser:
     command.add_argument("--model", default="smollm2", help="(default: %(default)s)")
     command.add_argument("--prompt", default="The world is", help="(default: %(default)r)")
     command.add_argument("--max-new-tokens", type=whole(1), default=48, help="(default: %(default)s)")
+    command.add_argument("--prompts", type=Path, metavar="FILE", help="one prompt a line, sent in turn")
+    command.add_argument("--requests", type=whole(1), metavar="N", help="in all (default: one a client or prompt)")
+    command.add_argument("--clients", type=whole(1), default=1, help="how many ask at once (default: %(default)s)")
+    command.add_argument("--spans", type=_spans, metavar="A:B,…", help="what each peer serves, instead of even parts")
+    command.add_argument("--replicas", type=whole(1), default=1, help="peers for each span (default: %(default)s)")
+    for kind, what in (("kill", "SIGKILL"), ("stop", "stop in good order"), ("restart", "stop if need be, and start")):
+        text = f"{what}: peer2@5s is the second peer after five seconds; repeatable"
+        command.add_argument(f"--{kind}", action="append", default=[], metavar="PEER@TIME", help=text)
+    command.add_argument("--speedup", action="store_true", help="run the same work on one peer too, and print T1/Tn")
+    command.add_argument("--json", action="store_true", help="the report as one JSON object on stdout")
+    command = subcommand(commands, "calibrate", "Measure the cost model of this machine.", CALIBRATE_EXAMPLE)
+    command.add_argument("--model", default="smollm2", help="(default: %(default)s)")
+    command.add_argument("--blocks", default="0:6", help="the blocks to time (default: %(default)s)")
     command = subcommand(commands, "list", "The scenarios that there are.", "  python -m sim list")
     command = subcommand(commands, "run", "A scenario in virtual time: the shipped code, one seed.", RUN_EXAMPLE)
     _add_scenario(command)
@@ -244,6 +338,7 @@ def main() -> None:
     set_up_logging(debug=args.debug)
     commands = {
         "local": local,
+        "calibrate": measure_runner,
         "list": list_scenarios,
         "run": run_scenario,
         "compare": compare_policies,
