@@ -9,7 +9,7 @@ from typing import Any
 
 from llmasos.config import GatewayConfig
 from llmasos.console import say, show, stop_signal, whole
-from llmasos.errors import UsageError
+from llmasos.errors import LLMasOSError, UsageError
 from llmasos.local import LocalSwarm, split_evenly
 
 
@@ -123,8 +123,10 @@ async def _serve(args: Namespace, join: list[str], models: tuple[str, ...], stop
             url = f"http://{f'[{host}]' if ':' in host else host}:{port}"
             show(url)
             _say_ready(url, join[0], config)
-            await stop.wait()
-            say("stopping")
+            if not await _unless_stopped(client.wait_failed(), stop):
+                say("stopping")
+            else:
+                raise LLMasOSError("the p2p daemon of this gateway died", hint="start the gateway again")
         finally:
             await runner.cleanup()
 

@@ -234,6 +234,11 @@ class AsyncLLMasOS:
         """Whether this client has its place in the swarm, and has not lost it for good."""
         return self._network is not None and not self._network.failed.is_set()
 
+    async def wait_failed(self) -> None:
+        """Until this client has lost its place in the swarm for good."""
+        assert self._network is not None
+        await self._network.failed.wait()
+
     def round_trips(self) -> dict[str, float]:
         """Seconds to each peer that this client has measured."""
         assert self._network is not None

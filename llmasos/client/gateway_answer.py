@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import logging
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -11,9 +12,11 @@ from llmasos.client.gateway_metrics import Metrics
 from llmasos.client.gateway_texts import Event, Texts
 from llmasos.client.generate import Generation, Piece, PromptScores
 from llmasos.client.openai_answers import Choice, Head, TokenScore, ToolCalls, part_of_choice, usage, whole_choice
-from llmasos.client.openai_fields import as_api_error, error_body
+from llmasos.client.openai_fields import ApiError, as_api_error, error_body
 from llmasos.config import GatewayConfig
 from llmasos.errors import LLMasOSError, short_id
+
+log = logging.getLogger(__name__)
 
 EVENT_STREAM = {
     "Content-Type": "text/event-stream; charset=utf-8",
@@ -86,6 +89,12 @@ class Answer:
             await self._write_events(response, first)
         except LLMasOSError as error:
             await self._write(response, _data(error_body(as_api_error(error))))
+        except ConnectionResetError:
+            raise
+        except Exception as error:  # headers are out: what went wrong here can only be told as an event
+            log.error("a stream failed: %s: %s", type(error).__name__, error, exc_info=error)
+            failed = ApiError("the gateway failed; its log says how", status=500, kind="server_error")
+            await self._write(response, _data(error_body(failed)))
         await response.write_eof()
         return response
 

@@ -53,7 +53,10 @@ class Live:
     @property
     def route(self) -> list[dict[str, str]]:
         """The hops that serve it now."""
-        hops = self.dialogue.session.route.hops if self.dialogue is not None else ()
+        try:
+            hops = self.dialogue.session.route.hops if self.dialogue is not None else ()
+        except ValueError:  # it has none just now: all were lost, or it has ended
+            hops = ()
         return [{"peer": hop.peer, "blocks": str(hop.span)} for hop in hops]
 
     @property

@@ -12,7 +12,7 @@ from aiohttp.test_utils import TestClient, TestServer
 from llmasos.blocks.registry import ModelSpec, resolve
 from llmasos.client.async_client import AsyncLLMasOS
 from llmasos.client.gateway import Gateway
-from llmasos.config import GatewayConfig
+from llmasos.config import ClientConfig, GatewayConfig
 from llmasos.peer.peer import Peer
 from tests.checkpoints import make_checkpoint
 from tests.swarm.conftest import torch_swarm
@@ -105,11 +105,15 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> ModelSpec:
 
 @asynccontextmanager
 async def serve(
-    spec: ModelSpec, spans: Sequence[str] = SPANS, source: str | None = None, **settings: Any
+    spec: ModelSpec,
+    spans: Sequence[str] = SPANS,
+    source: str | None = None,
+    client_config: ClientConfig | None = None,
+    **settings: Any,
 ) -> AsyncIterator[Served]:
     """Peers, a client and a gateway."""
     config = GatewayConfig(models=(source,) if source else (), **settings)
-    async with torch_swarm(spec, spans, name=source) as (client, peers):
+    async with torch_swarm(spec, spans, name=source, config=client_config) as (client, peers):
         gateway = Gateway(client, config)
         server = TestServer(gateway.app(), handler_cancellation=True)
         async with TestClient(server) as http:
