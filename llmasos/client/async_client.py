@@ -4,7 +4,7 @@ import asyncio
 import random
 import secrets
 from collections.abc import AsyncIterator, Sequence
-from contextlib import asynccontextmanager
+from contextlib import aclosing, asynccontextmanager
 from types import TracebackType
 from typing import Any, Self, TypedDict, Unpack
 
@@ -13,6 +13,7 @@ from llmasos.blocks.registry import load_tokenizer, resolve
 from llmasos.blocks.sampling import SamplingParams
 from llmasos.client import prompts
 from llmasos.client.generate import Dialogue, Generation, GenerationRequest, Generator
+from llmasos.client.http_client import HttpGateway
 from llmasos.client.router import Router
 from llmasos.client.session import Session
 from llmasos.config import ClientConfig, NetworkConfig
@@ -68,8 +69,8 @@ def _request(
 class AsyncLLMasOS:
     """A client of one swarm. An async context manager.
 
-    `endpoint` is the multiaddr of any peer or bootstrap of the swarm, or several of them. `network` replaces the
-    libp2p node that the client would make for itself.
+    `endpoint` is the multiaddr of any peer or bootstrap of the swarm, or several of them - or the http(s) address of a
+    gateway, which may want an `api_key`. `network` replaces the libp2p node that the client would make for itself.
     """
 
     def __init__(
@@ -79,13 +80,17 @@ class AsyncLLMasOS:
         config: ClientConfig | None = None,
         network: Network | None = None,
         seed: int | None = None,
+        api_key: str | None = None,
     ) -> None:
         self._endpoints = (endpoint,) if isinstance(endpoint, str) else tuple(endpoint)
         if not self._endpoints or not all(self._endpoints):
             raise UsageError("no endpoint is given", hint="give the multiaddr that a peer prints when it is ready")
-        for address in self._endpoints:
-            if address.startswith(("http://", "https://")):
-                raise UsageError(f"{address} is an HTTP address", hint="give a multiaddr: /ip4/…/tcp/…/p2p/12D3Koo…")
+        urls = [address for address in self._endpoints if address.startswith(("http://", "https://"))]
+        if urls and len(self._endpoints) > 1:
+            raise UsageError("a gateway is one endpoint alone", hint=f"give {urls[0]}, or multiaddrs")
+        if api_key is not None and not urls:
+            raise UsageError("api_key is for gateways", hint="give the http(s) address of one as the endpoint")
+        self._gateway = HttpGateway(urls[0], api_key) if urls else None
         self._config = config or ClientConfig()
         self._network = network
         self._rng = random.Random(secrets.randbits(64) if seed is None else seed)
@@ -95,6 +100,13 @@ class AsyncLLMasOS:
 
     async def __aenter__(self) -> Self:
         """Join the swarm. Raises SwarmUnreachableError when no endpoint answers."""
+        if self._gateway is not None:
+            try:
+                await self._gateway.open()
+            except BaseException:
+                await self.close()
+                raise
+            return self
         if self._network is None:
             self._network = await P2PNetwork.create(NetworkConfig(listen=False))
         try:
@@ -115,6 +127,8 @@ class AsyncLLMasOS:
         for generator in self._generators.values():
             generator.close()
         self._generators.clear()
+        if self._gateway is not None:
+            await self._gateway.close()
         network, self._network = self._network, None
         if network is not None:
             await network.close()
@@ -191,6 +205,8 @@ class AsyncLLMasOS:
         self, messages: Sequence[dict[str, str]], model_name: str = DEFAULT_MODEL, **options: Unpack[Options]
     ) -> Generation:
         """The next turn of a conversation, by the model's own chat template."""
+        if self._gateway is not None:
+            return await _last(self._gateway.stream(_request("", **options), model_name, messages))
         generator = await self.generator(model_name)
         return await self._run(_request(generator.chat_prompt(messages), **options), model_name)
 
@@ -219,11 +235,15 @@ class AsyncLLMasOS:
     # --- the swarm ---------------------------------------------------------------------------------------------------
 
     async def models(self) -> list[str]:
-        """The models that some peer serves, whole or in part."""
+        """The models that some peer serves, whole or in part; from a gateway, those that are whole."""
+        if self._gateway is not None:
+            return await self._gateway.models()
         return await self._joined.directory.models()
 
     async def status(self) -> dict[str, Any]:
         """What the swarm serves: models, peers, coverage."""
+        if self._gateway is not None:
+            return await self._gateway.status()
         directory = self._joined.directory
         await directory.refresh_all()
         assert self._network is not None
@@ -248,6 +268,11 @@ class AsyncLLMasOS:
     # --- below the surface -------------------------------------------------------------------------------------------
 
     async def _stream(self, request: GenerationRequest, model_name: str) -> AsyncIterator[str | Generation]:
+        if self._gateway is not None:
+            async with aclosing(self._gateway.stream(request, model_name)) as pieces:
+                async for piece in pieces:
+                    yield piece
+            return
         generator = await self.generator(model_name)
         prompt_ids = await generator.encode(request.prompt)
         new_tokens = request.new_tokens(len(prompt_ids), generator.spec.context_tokens)
@@ -277,6 +302,8 @@ class AsyncLLMasOS:
 
     async def generator(self, model_name: str) -> Generator:
         """The ends of a model on this machine, loaded when first asked for."""
+        if self._gateway is not None:
+            raise UsageError("through a gateway, no part of a model is here", hint="give a multiaddr as the endpoint")
         async with self._loading:
             if model_name not in self._generators:
                 self._generators[model_name] = await asyncio.to_thread(
@@ -285,23 +312,34 @@ class AsyncLLMasOS:
             return self._generators[model_name]
 
     async def _run(self, request: GenerationRequest, model_name: str) -> Generation:
-        result: Generation | None = None
-        async for piece in self._stream(request, model_name):
-            if isinstance(piece, Generation):
-                result = piece
-        assert result is not None, "a stream that did not raise ends with its Generation"
-        return result
+        return await _last(self._stream(request, model_name))
 
     async def _ask(self, messages: prompts.Messages, model_name: str, **options: Unpack[Options]) -> str:
+        if self._gateway is not None:
+            if await self._gateway.has_chat_template(model_name):
+                return (await self.chat(messages, model_name, **options)).text.strip()
+            return (await self._run(_request(prompts.plain(messages), **options), model_name)).text.strip()
         generator = await self.generator(model_name)
         prompt = generator.chat_prompt(messages) if generator.has_chat_template else prompts.plain(messages)
         return (await self._run(_request(prompt, **options), model_name)).text.strip()
 
     @property
     def _joined(self) -> Router:
+        if self._gateway is not None:
+            raise UsageError("a gateway lets nobody into its sessions", hint="give a multiaddr as the endpoint")
         if self._router is None:
             raise UsageError("the client has not joined", hint="use it in a with block: with LLMasOS(…) as client:")
         return self._router
+
+
+async def _last(pieces: AsyncIterator[str | Generation]) -> Generation:
+    """What a stream ends with."""
+    result: Generation | None = None
+    async for piece in pieces:
+        if isinstance(piece, Generation):
+            result = piece
+    assert result is not None, "a stream that did not raise ends with its Generation"
+    return result
 
 
 def _load(model_name: str, speculate: bool, dtype: str) -> Generator:

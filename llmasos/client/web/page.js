@@ -200,6 +200,7 @@ function drawMap(shown) {
   });
   const ticks = [0, 0.25, 0.5, 0.75, 1].map((part) => make("span", "", Math.round(part * shown.blocks)));
   rows.push(make("div", "label", "peers per block"), make("div", "cover", ...cells), make("div", "label", "block"), make("div", "ruler", ...ticks));
+  $("map").classList.toggle("roomy", shown.peers.length <= 6);
   $("map").style.gridTemplateColumns = "minmax(84px, 23%) minmax(0, 1fr)";
   fill($("map"), ...rows);
   const least = Math.min(...counts);
@@ -281,6 +282,7 @@ function drawChart(id, field, words) {
   if (points.length > 1) {
     parts.push(node("path", { class: "area", d: `${line}L${points[points.length - 1][0]} 120L${points[0][0]} 120Z` }), node("path", { d: line }));
   }
+  if (points.length === 1) parts.push(node("path", { class: "dot", d: `M${points[0][0]} ${points[0][1]}h.01` }));
   svg.replaceChildren(...parts);
 }
 
