@@ -4,7 +4,7 @@ For a request of `p` prompt rows and `n` further ones, over `L` blocks of a peer
 
     link     (1 + n) · (rtt/2 + HOP_S) + (p + n) · row_bytes / bandwidth         the way in, once a step
     compute  L · (n · block_s + chunks · block_s + p · row_s)                    alone on the machine
-    wait     queue_s + n · residual_s + L · n · active · row_s                   what others there have announced
+    wait     queue_s + n · residual_s + L · n · active · CROWD_ROWS · row_s      what others there have announced
     own      the same for sessions of ours that the record cannot show yet
     risk     FAILOVER_S for each recent failure
     doubt    what a claim costs more because we did not believe it this time
@@ -34,6 +34,9 @@ activation 0.15 - 0.25 ms, measured), and a hand-over to the compute thread."""
 FAILOVER_S = 1.0
 """Lost when a hop dies: noticing, planning, replaying. Petals, repaired, needs 0.4 s at best (measured)."""
 PROMPT_CHUNK_TOKENS = ClientConfig().prompt_chunk_tokens
+CROWD_ROWS = 8.0
+"""Rows that each other session on a peer is taken to add to a step of ours: one of its own, and for the rest the prompts
+that come with it, whose passes hold up everybody. Best of 1, 3, 8 and 16 in the simulator (docs/log.md)."""
 PRIOR = 8.0
 """Steps observed that weigh as much as the claim itself: two bursts of tokens tell more than an advertisement."""
 
@@ -89,7 +92,7 @@ def make_offer(record: PeerRecord, expires_at: float) -> Offer:
 
 def step_seconds(record: PeerRecord) -> float:
     """One block for one decoding row, beside the rows of all sessions that are there."""
-    return record.block_seconds + record.active_sessions * record.row_seconds
+    return record.block_seconds + record.active_sessions * CROWD_ROWS * record.row_seconds
 
 
 def residual_s(step_s: float, span_blocks: int, sessions: int) -> float:
@@ -152,13 +155,14 @@ def hop_cost(record: PeerRecord, blocks: int, work: Work, observed: Observed = U
     # What we saw scales the claim as a whole, and already contains the waiting that it was seen with.
     scale = 1.0 - seen + seen * observed.block_s / offer.step_s
     n, sessions, own = work.new_tokens, record.active_sessions, observed.own_sessions
-    own_step_s = own * record.row_seconds * scale
+    own_step_s = own * CROWD_ROWS * record.row_seconds * scale
     crowded_s = residual_s(offer.step_s * scale + own_step_s, len(record.span), sessions + own)
     wait_s = residual_s(offer.step_s * scale, len(record.span), sessions)
     return HopCost(
         link_s=work.link_s(observed.rtt_s),
         compute_s=blocks * scale * ((n + work.chunks) * record.block_seconds + work.prompt_tokens * record.row_seconds),
-        wait_s=(1.0 - seen) * (offer.queue_s + n * wait_s) + blocks * n * sessions * record.row_seconds * scale,
+        wait_s=(1.0 - seen) * (offer.queue_s + n * wait_s)
+        + blocks * n * sessions * CROWD_ROWS * record.row_seconds * scale,
         own_s=n * (blocks * own_step_s + crowded_s - wait_s),
         risk_s=observed.failures * FAILOVER_S,
     )
