@@ -126,9 +126,7 @@ def draw(comparison: Comparison, path: Path) -> None:
     names = [report.policy for report in reports]
     colours = ["#0072b2" if report.policy == "ours" else "#aaaaaa" for report in reports]
     rate.bar(names, [report.tokens_per_s for report in reports], color=colours)
-    if first.bound_tokens_per_s:
-        rate.axhline(first.bound_tokens_per_s, color="#cc3311", lw=1, ls="--")
-        rate.set_title("tokens/s (dashed: no router could do more)", fontsize=9)
+    rate.set_title(f"tokens/s (maximum flow: {first.bound_tokens_per_s:,.0f})", fontsize=9)
     for axes, title, key in (
         (prompt, "first token, s: p50, p95", "first_token"),
         (token, "next tokens, s: p50, p95", "token"),

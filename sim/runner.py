@@ -99,27 +99,36 @@ class SimRunner:
         rows = to_numbers(hidden)
         if any(row >= PRIME for row in rows):
             return Fault("the activations hold numbers that are none", sender=True)
-        for block in chunk.span.blocks():
-            cache = caches[block]
-            if cached > chunk.position:
-                del cache[chunk.position :]
-            rows = run_block(block, cache, rows)
+        if cached > chunk.position:
+            for block in chunk.span.blocks():
+                del caches[block][chunk.position :]
+        if len(rows) == 1:  # decoding: most of what a simulation computes
+            rows = [run_row(caches, chunk.span, chunk.position, rows[0])]
+        else:
+            for block in chunk.span.blocks():
+                rows = run_block(block, caches[block], rows)
         return from_numbers(rows)
 
 
 def run_block(block: int, cache: "array[int]", rows: Sequence[int]) -> list[int]:
     """The outputs of one block for `rows` behind what `cache` holds; appends them to it."""
     before = cache[-1] if cache else 0
-    if len(rows) == 1:  # decoding: most of what a simulation computes
-        before = (A * before + B * rows[0] + C * (block + 1) + D * (len(cache) + 1)) % PRIME
-        cache.append(before)
-        return [before]
     outputs = []
     for position, row in enumerate(rows, start=len(cache)):
         before = (A * before + B * row + C * (block + 1) + D * (position + 1)) % PRIME
         outputs.append(before)
     cache.extend(outputs)
     return outputs
+
+
+def run_row(caches: "dict[int, array[int]]", span: Span, position: int, row: int) -> int:
+    """The same for a single row at `position`, through all blocks of `span`."""
+    due = D * (position + 1)
+    for block in range(span.start, span.end):
+        cache = caches[block]
+        row = (A * (cache[-1] if cache else 0) + B * row + C * (block + 1) + due) % PRIME
+        cache.append(row)
+    return row
 
 
 def reference(blocks: int, rows: Sequence[int]) -> list[int]:

@@ -35,8 +35,8 @@ FAILOVER_S = 1.0
 """Lost when a hop dies: noticing, planning, replaying. Petals, repaired, needs 0.4 s at best (measured)."""
 PROMPT_CHUNK_TOKENS = ClientConfig().prompt_chunk_tokens
 CROWD_ROWS = 8.0
-"""Rows that each other session on a peer is taken to add to a step of ours: one of its own, and for the rest the prompts
-that come with it, whose passes hold up everybody. Best of 1, 3, 8 and 16 in the simulator (docs/log.md)."""
+"""Rows that each other session on a peer is taken to add to a step of ours: one of its own, and for the rest the
+prompts that come with it, whose passes hold up everybody. Best of 1, 3, 8 and 16 in the simulator (docs/log.md)."""
 PRIOR = 8.0
 """Steps observed that weigh as much as the claim itself: two bursts of tokens tell more than an advertisement."""
 

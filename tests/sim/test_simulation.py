@@ -124,7 +124,7 @@ def test_a_wrong_number_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
     def dishonest(block: int, cache: "sim.runner.array[int]", rows: Sequence[int]) -> list[int]:
         rows_seen.append(block)
         outputs = honest(block, cache, rows)
-        return [row + 1 for row in outputs] if len(rows_seen) == 500 else outputs
+        return [row + 1 for row in outputs] if len(rows_seen) == 50 else outputs
 
     monkeypatch.setattr(sim.runner, "run_block", dishonest)
     assert "a single machine gives" in problem_of(simulate(small(), 5))
