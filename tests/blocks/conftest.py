@@ -32,12 +32,15 @@ class Split:
     spec: ModelSpec
     ends: ModelEnds
     pieces: list[DecoderBlocks]
-    loaded: dict[Span, DecoderBlocks] = field(default_factory=dict)
+    loaded: dict[tuple[str, Span], DecoderBlocks] = field(default_factory=dict)
 
     def load(self, span: Span) -> DecoderBlocks:
-        if span not in self.loaded:
-            self.loaded[span] = load_blocks(self.spec, span, engine="torch")
-        return self.loaded[span]
+        return self.load_as("torch", span)
+
+    def load_as(self, engine: str, span: Span) -> DecoderBlocks:
+        if (engine, span) not in self.loaded:
+            self.loaded[engine, span] = load_blocks(self.spec, span, engine=engine)
+        return self.loaded[engine, span]
 
 
 class Session:

@@ -20,7 +20,7 @@ from llmasos.blocks.native.stack import Array, Stack
 from llmasos.span import Span
 
 _FIRST_POSITIONS = 1024
-"""Tables begin with so many positions and double when they are outgrown."""
+"""Tables begin with so many positions, enough for a trial, and double when they are outgrown."""
 
 
 @dataclass(slots=True)

@@ -9,7 +9,7 @@ import platform
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -51,12 +51,15 @@ def compiler() -> str:
     raise NoCompilerError(f"no C++ compiler found ({named or 'c++, g++, clang++'})")
 
 
-def compile_library(target: Path = LIBRARY, flags: Sequence[str] = ()) -> None:
-    """Write the library to `target`. Raises NoCompilerError."""
+def compile_library(target: Path = LIBRARY, flags: Sequence[str] = (), exempt: Collection[str] = ()) -> None:
+    """Write the library to `target`. `flags` are for all but the kernels of `exempt` variants.
+
+    Raises NoCompilerError.
+    """
     command = compiler()
     with TemporaryDirectory() as folder, ThreadPoolExecutor(os.cpu_count() or 1) as threads:
-        units = list(_units(Path(folder)))
-        list(threads.map(lambda unit: _run([command, *_COMMON, *flags, *unit]), units))
+        units = list(_units(Path(folder), flags, exempt))
+        list(threads.map(lambda unit: _run([command, *_COMMON, *unit]), units))
         objects = [unit[-1] for unit in units]
         built = Path(folder) / "library.so"
         _run([command, "-shared", "-pthread", *flags, *objects, "-o", str(built)])
@@ -67,15 +70,16 @@ def compile_library(target: Path = LIBRARY, flags: Sequence[str] = ()) -> None:
         fresh.replace(target)
 
 
-def _units(folder: Path) -> Iterator[list[str]]:
+def _units(folder: Path, extra: Sequence[str], exempt: Collection[str]) -> Iterator[list[str]]:
     """Arguments for each object file; the last is its path."""
     for file in sorted(SOURCES.glob("*.cpp")):
         if file.stem == "kernels":
             continue
-        yield [f'-DLLMASOS_DIGEST="{digest()}"', "-c", str(file), "-o", str(folder / f"{file.stem}.o")]
+        yield [*extra, f'-DLLMASOS_DIGEST="{digest()}"', "-c", str(file), "-o", str(folder / f"{file.stem}.o")]
     for variant, flags in _variants():
         name = str(folder / f"kernels_{variant}.o")
-        yield [*_KERNELS, *flags, f"-DVARIANT={variant}", "-c", str(SOURCES / "kernels.cpp"), "-o", name]
+        extra_here = () if variant in exempt else extra
+        yield [*extra_here, *_KERNELS, *flags, f"-DVARIANT={variant}", "-c", str(SOURCES / "kernels.cpp"), "-o", name]
 
 
 def _variants() -> Iterator[tuple[str, tuple[str, ...]]]:

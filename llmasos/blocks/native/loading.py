@@ -66,7 +66,8 @@ def load_natively(
         stack.add(packed(layers[index], shapes[index], kind, *angles.of(index)))
         alone = DecoderBlocks(spec, Span(index, index + 1), "float32", device, body, chain)
         sort = (shapes[index], angles.of(index))
-        error = deviation(alone, stack, index - span.start, _CUTS if sort in seen else _LONG_CUTS)
+        short = sort in seen or stack.positions < _LONG_CUTS[-1]
+        error = deviation(alone, stack, index - span.start, _CUTS if short else _LONG_CUTS)
         if not error <= 1:
             raise MisfitError(f"block {index} gives other results ({error:.1f} times the tolerated error)")
         seen.add(sort)
