@@ -21,6 +21,10 @@ $(VENV)/installed: pyproject.toml constraints.txt $(NATIVE)
 
 install: $(VENV)/installed  ## Build .venv with everything that is needed
 
+browser:  ## Install Debian's Chromium for the tests of the page, where that can be done
+	command -v chromium >/dev/null || { [ "$$(id -u)" = 0 ] && apt-get update -qq && apt-get install -y -qq chromium; } \
+		|| echo "no chromium here: the tests of the page will be skipped"
+
 demo: install  ## Start a bootstrap and three peers, generate text through them, stop them
 	$(PY) -m sim local --peers 3
 
@@ -57,4 +61,4 @@ bench: install  ## Print the measured ratios (minutes; run nothing beside it)
 clean:  ## Remove what was built
 	rm -rf $(VENV) build dist *.egg-info llmasos/blocks/native/_kernels.so .mypy_cache .ruff_cache .pytest_cache .hypothesis
 
-.PHONY: help install demo test quick lint types docs-check docs static check format bench clean
+.PHONY: help install browser demo test quick lint types docs-check docs static check format bench clean

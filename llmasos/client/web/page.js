@@ -90,8 +90,8 @@ function draw() {
   drawPeers(shown);
   drawRunning();
   drawFailovers();
-  drawChart("speed", "tokens_per_s", (value) => `${value.toFixed(1)} now`);
-  drawChart("first", "time_to_first_token_s", (value) => `${seconds(value)} lately`);
+  drawChart("speed", "tokens_per_s", (value) => value.toFixed(1), "now");
+  drawChart("first", "time_to_first_token_s", seconds, "lately", true);
   drawSnippet();
 }
 
@@ -264,11 +264,13 @@ function drawFailovers() {
 
 const SVG = "http://www.w3.org/2000/svg";
 
-function drawChart(id, field, words) {
+function drawChart(id, field, words, when, sparse = false) {
   const samples = state.activity.samples.filter((one) => one[field] !== undefined);
   const svg = $(id);
-  $(`${id}-now`).textContent = samples.length ? words(samples[samples.length - 1][field]) : "no samples yet";
-  const top = Math.max(...samples.map((one) => one[field]), 1e-9) * 1.12;
+  const most = Math.max(...samples.map((one) => one[field]), 1e-9);
+  const last = samples.length ? samples[samples.length - 1][field] : 0;
+  $(`${id}-now`).textContent = samples.length ? `${words(last)} ${when}, at most ${words(most)}` : "no samples yet";
+  const top = most * 1.12;
   const end = state.activity.now;
   const begin = Math.min(samples.length ? samples[0].at : end, end - 300);
   const points = samples.map((one) => [(600 * (one.at - begin)) / (end - begin), 120 - (116 * one[field]) / top]);
@@ -279,10 +281,11 @@ function drawChart(id, field, words) {
     return made;
   };
   const parts = [node("line", { x1: 0, x2: 600, y1: 120, y2: 120 })];
-  if (points.length > 1) {
+  if (sparse) {
+    for (const [x, y] of points) parts.push(node("path", { class: "dot", d: `M${x} ${y}h.01` }));
+  } else if (points.length > 1) {
     parts.push(node("path", { class: "area", d: `${line}L${points[points.length - 1][0]} 120L${points[0][0]} 120Z` }), node("path", { d: line }));
   }
-  if (points.length === 1) parts.push(node("path", { class: "dot", d: `M${points[0][0]} ${points[0][1]}h.01` }));
   svg.replaceChildren(...parts);
 }
 
