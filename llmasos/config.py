@@ -36,6 +36,21 @@ REJOIN_EVERY_S = 45.0
 LOOKUP_TIMEOUT_S = 10.0
 """A DHT look-up has no deadline of its own and can be hung by one bad node (measured)."""
 
+# --- moving to other blocks (`--blocks auto`) ------------------------------------------------------------------------
+
+LOOK_EVERY_S = 5.0
+"""How often a peer looks whether it is of more use elsewhere. A lost holder is seen LEASE_S + this after its death."""
+LOOKS_PER_S = 10.0
+"""How often all peers of a model look, together: in a large swarm each looks less often, and somebody always does."""
+URGENT_JITTER_S = 8.0
+"""Blocks without a peer: each who could help waits a random part of this, and looks again, before it moves."""
+JITTER_S = 60.0
+"""The same when blocks are only weak."""
+MIN_STAY_S = 300.0
+"""Time between two moves of a peer that are not urgent; its sessions had to be moved, its weights loaded."""
+MOVE_DRAIN_S = 10.0
+"""For sessions to leave a peer that moves; they do at their next step, and failover brings in the others."""
+
 # --- sessions --------------------------------------------------------------------------------------------------------
 
 SESSION_LEASE_S = 15.0

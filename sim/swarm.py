@@ -16,7 +16,7 @@ from llmasos.routing.directory import Directory
 from llmasos.routing.planner import RouteRequest, plan
 from llmasos.span import Span
 from llmasos.tasks import TaskSet
-from sim.network import SimNetwork, SimSwarm
+from sim.network import SimNetwork, SimSwarm, peer_of
 from sim.runner import ROW_BYTES, SimRunner
 
 CPU_SPEED = Speed(first_row_s=0.0015, row_s=0.0001)
@@ -100,12 +100,17 @@ class SimCluster:
 
     async def stop(self, name: str) -> None:
         """SIGTERM: drain, say goodbye, go."""
-        del self.peers[name]
+        self.peers.pop(name, None)
         await self._lives.pop(name).aclose()
+
+    def adopt(self, name: str, life: AsyncExitStack) -> None:
+        """A peer that runs by itself: `life` ends it."""
+        self._lives[name] = life
 
     def kill(self, name: str) -> None:
         """SIGKILL: gone between two instructions. What it leaves behind in this process is swept up behind it."""
-        self.world.kill(self.peers.pop(name).network.peer_id)
+        self.peers.pop(name, None)
+        self.world.kill(peer_of(name))
         self._sweeping.spawn(self._lives.pop(name).aclose(), f"the end of {name}")
 
     @asynccontextmanager

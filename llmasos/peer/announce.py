@@ -50,4 +50,8 @@ class Announcer:
                 log.debug("not announced: %s", error.message)
                 return
         if not stored:
-            log.warning("nobody stored the announcement; trying again in %.0f s", ANNOUNCE_EVERY_S)
+            log.warning(
+                "nobody stored the announcement: no other peer is in reach, or this machine's clock is minutes slow; "
+                "trying again in %.0f s",
+                ANNOUNCE_EVERY_S,
+            )

@@ -77,6 +77,11 @@ class Handler:
         async with self._arrivals:
             await self._arrivals.wait_for(lambda: not self._sessions)
 
+    async def cut_off(self) -> None:
+        """End the sessions that are left; their clients notice at once."""
+        for session in list(self._sessions.values()):
+            await session.hang_up()
+
     async def __call__(self, stream: Stream) -> None:
         """Serve one stream until it ends."""
         try:

@@ -7,7 +7,7 @@ from types import TracebackType
 from typing import Self
 
 from llmasos import __version__
-from llmasos.config import PeerConfig
+from llmasos.config import MOVE_DRAIN_S, PeerConfig
 from llmasos.network import Network
 from llmasos.peer.announce import Announcer
 from llmasos.peer.engine import Engine
@@ -15,6 +15,7 @@ from llmasos.peer.handler import Handler, Served
 from llmasos.peer.runner import Runner, Speed
 from llmasos.peer.scheduler import Scheduler
 from llmasos.routing.records import PeerRecord, PeerState
+from llmasos.span import Span
 from llmasos.wire import PROTOCOL
 
 log = logging.getLogger(__name__)
@@ -36,6 +37,7 @@ class Peer:
         self.speed: Speed
         self._config = config
         self._incarnation = int(network.now() * 1000)
+        self._next_span: Span | None = None
         self._tasks: list[asyncio.Task[None]] = []
         self._failed: asyncio.Future[None] | None = None
 
@@ -57,7 +59,12 @@ class Peer:
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
-        await self.announcer.announce(PeerState.OFFLINE)
+        await self.handler.cut_off()
+        await self.announcer.announce(PeerState.OFFLINE if self._next_span is None else PeerState.JOINING)
+
+    def move_to(self, span: Span) -> None:
+        """Say where this peer is going to be found: it is left for good, and others can count on it there."""
+        self._next_span = span
 
     async def wait_failed(self) -> None:
         """Return never, or raise what ended the engine or the announcer: a peer that cannot compute must not stay."""
@@ -68,15 +75,17 @@ class Peer:
         """Take no new session, and give the running ones `drain_timeout_s` to move elsewhere or to end."""
         if self.handler.draining:
             return
+        moving = self._next_span is not None
         self.handler.drain()
-        await self.announcer.announce(PeerState.DRAINING)
+        await self.announcer.announce(PeerState.JOINING if moving else PeerState.DRAINING)
         if self.handler.sessions:
             log.info("draining: %d sessions still run", self.handler.sessions)
+        timeout_s = min(self._config.drain_timeout_s, MOVE_DRAIN_S) if moving else self._config.drain_timeout_s
         try:
-            async with asyncio.timeout(self._config.drain_timeout_s):
+            async with asyncio.timeout(timeout_s):
                 await self.handler.wait_until_idle()
         except TimeoutError:
-            log.warning("%d sessions did not end in %.0f s", self.handler.sessions, self._config.drain_timeout_s)
+            log.warning("%d sessions did not end in %.0f s", self.handler.sessions, timeout_s)
 
     def describe(self, state: PeerState) -> PeerRecord:
         """The record of this moment."""
@@ -87,7 +96,7 @@ class Peer:
             model=self.served.model,
             digest=self.served.digest,
             model_blocks=self.served.model_blocks,
-            span=self.runner.span,
+            span=self._next_span or self.runner.span,
             state=state,
             incarnation=self._incarnation,
             announced_at=self.network.now(),
@@ -97,7 +106,7 @@ class Peer:
             version=__version__,
             block_seconds=self.speed.first_row_s,
             row_seconds=self.speed.row_s,
-            throughput=self.speed.throughput(len(self.runner.span)),
+            throughput=self.speed.throughput(len(self._next_span or self.runner.span)),
             active_sessions=scheduler.active_sessions,
             queued_tokens=scheduler.queued_tokens,
             kv_free_tokens=scheduler.kv_free_tokens,

@@ -9,15 +9,19 @@ from functools import partial
 from llmasos.blocks.devices import free_memory_bytes, resolve_device, resolve_dtype
 from llmasos.blocks.layers import DecoderBlocks, load_blocks
 from llmasos.blocks.registry import ModelSpec, resolve
+from llmasos.blocks.tensors import wire_dtype
 from llmasos.config import LEASE_S, MAX_AUTO_KV_TOKENS, PeerConfig
 from llmasos.console import progress, say, show, stop_signal
-from llmasos.errors import LLMasOSError, UsageError
+from llmasos.errors import UsageError
 from llmasos.p2p import P2PNetwork
 from llmasos.peer.handler import Served
 from llmasos.peer.peer import Peer
+from llmasos.peer.resident import Loaded, Resident
+from llmasos.peer.runner import Speed
 from llmasos.peer.torch_runner import TorchRunner
 from llmasos.routing.directory import Directory
 from llmasos.routing.placement import choose_span
+from llmasos.routing.view import Numerics
 from llmasos.span import Span
 
 WEIGHTS_SHARE = 0.5
@@ -40,24 +44,55 @@ async def serve(config: PeerConfig) -> None:
         directory = Directory(network)
         await directory.refresh(spec.name)
         load = partial(load_blocks, spec, dtype=dtype, device=device, engine=config.engine, quantize=config.quantize)
-        span = wanted or await _choose(directory, spec, network, load, config.max_blocks)
-        # 3. The weights.
-        with progress(f"loading blocks {span} of {spec.name}") as report:
-            blocks = await asyncio.to_thread(load, span, progress=report)
-        runner = TorchRunner(blocks)
+        rng = random.Random(secrets.randbits(64))
+        dtype_name = wire_dtype(dtype)
+        if wanted is not None:
+            span, speed = wanted, None
+        else:
+            span, speed = await _choose(directory, spec, network, load, config, dtype_name, rng)
+        # 3. Serve there, or wherever we are needed more, until somebody wants us gone or we cannot go on.
         served = Served(spec.name, spec.digest, spec.blocks, spec.context_tokens)
-        kv_tokens = config.kv_tokens or _kv_tokens(blocks)
-        # 4. Online, until somebody wants us gone or we cannot go on.
-        try:
-            async with Peer(network, runner, served, config, kv_tokens=kv_tokens) as peer:
-                await directory.refresh(spec.name)
-                show(network.multiaddr)
-                _say_ready(peer, blocks, directory, network.multiaddr)
-                await _wait(stop, network, peer)
-                say("stopping: running sessions may finish, press Ctrl-C again to cut them off")
-        finally:
-            await runner.close()
+        host = _Host(network, directory, load, config)
+        moves = wanted is None and config.network.listen
+        resident = Resident(network, served, config, host, directory, rng, moves=moves)
+        await resident.live(span, speed, dtype_name, stop)
     say("stopped")
+
+
+class _Host:
+    """Loads blocks from the checkpoint, and tells the user what goes on."""
+
+    def __init__(
+        self, network: P2PNetwork, directory: Directory, load: Callable[..., DecoderBlocks], config: PeerConfig
+    ) -> None:
+        self._network = network
+        self._directory = directory
+        self._load = load
+        self._config = config
+        self._blocks: DecoderBlocks
+        self._introduced = False
+
+    async def load(self, span: Span) -> Loaded:
+        """See `Host.load`."""
+        with progress(f"loading blocks {span} of {self._config.model}") as report:
+            self._blocks = await asyncio.to_thread(self._load, span, progress=report)
+        return Loaded(TorchRunner(self._blocks), self._config.kv_tokens or _kv_tokens(self._blocks))
+
+    async def ready(self, peer: Peer) -> None:
+        """See `Host.ready`."""
+        await self._directory.refresh(peer.served.model)
+        if not self._introduced:
+            show(self._network.multiaddr)
+            self._introduced = True
+        _say_ready(peer, self._blocks, self._directory, self._network.multiaddr)
+
+    def leaving(self, going_to: Span | None) -> None:
+        """See `Host.leaving`."""
+        if going_to is None:
+            say("stopping: running sessions move elsewhere or finish, press Ctrl-C again to cut them off")
+        else:
+            say(f"moving to blocks {going_to}, where the swarm needs this peer more")
+            del self._blocks  # before others are loaded
 
 
 def _checked(span: Span, spec: ModelSpec) -> Span:
@@ -74,16 +109,19 @@ async def _choose(
     spec: ModelSpec,
     network: P2PNetwork,
     load: Callable[..., DecoderBlocks],
-    max_blocks: int | None,
-) -> Span:
+    config: PeerConfig,
+    dtype: str,
+    rng: random.Random,
+) -> tuple[Span, Speed]:
     """The range that helps the swarm most (`--blocks auto`), for what one block takes here in time and memory."""
     with progress(f"trying one block of {spec.name}") as report:
         block = await asyncio.to_thread(load, Span(0, 1), progress=report)
     room = int(free_memory_bytes(block.device) * WEIGHTS_SHARE / max(block.weight_bytes, 1))
-    length = min(max_blocks or room, room, spec.blocks)
+    length = min(config.max_blocks or room, room, spec.blocks)
     runner = TorchRunner(block)
     speed = await runner.measure()
     await runner.close()
+    await directory.refresh(spec.name)  # others have chosen meanwhile
     span = choose_span(
         directory.view,
         spec.name,
@@ -91,35 +129,19 @@ async def _choose(
         length,
         speed.throughput(max(length, 1)),
         network.now(),
-        random.Random(secrets.randbits(64)),
+        rng,
         digest=spec.digest,
+        numerics=Numerics(dtype, config.quantize),
         me=network.peer_id,
     )
     say(f"blocks {span} are what the swarm needs most")
-    return span
+    return span, speed
 
 
 def _kv_tokens(blocks: DecoderBlocks) -> int:
     """A quarter of the memory that is free, in tokens."""
     room = free_memory_bytes(blocks.device) // 4 // max(blocks.kv_bytes_per_token, 1)
     return max(min(room, MAX_AUTO_KV_TOKENS), 1)
-
-
-async def _wait(stop: asyncio.Event, network: P2PNetwork, peer: Peer) -> None:
-    """Until a signal comes; raises when the peer can no longer serve."""
-    waits = [
-        asyncio.create_task(stop.wait(), name="signal"),
-        asyncio.create_task(network.failed.wait(), name="p2p daemon"),
-        asyncio.create_task(peer.wait_failed(), name="peer"),
-    ]
-    done, pending = await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)
-    for wait in pending:
-        wait.cancel()
-    await asyncio.gather(*pending, return_exceptions=True)
-    for wait in done:
-        wait.result()
-    if network.failed.is_set():
-        raise LLMasOSError("the p2p daemon of this peer died", hint="start the peer again")
 
 
 def _say_ready(peer: Peer, blocks: DecoderBlocks, directory: Directory, multiaddr: str) -> None:

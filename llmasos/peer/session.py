@@ -157,6 +157,10 @@ class PeerSession:
             for number, (position, rows) in chunks
         )
 
+    async def hang_up(self) -> None:
+        """End the client's stream, and with it the session."""
+        await self._client.close()
+
     async def close(self) -> None:
         """Free what the session holds here."""
         self._closed = True

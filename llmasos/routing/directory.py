@@ -6,9 +6,10 @@ Peers and clients share it. It decides nothing; it only keeps a `SwarmView` as f
 import asyncio
 import json
 import logging
+from statistics import median
 from typing import TYPE_CHECKING
 
-from llmasos.routing.records import PeerRecord, RecordError
+from llmasos.routing.records import ClockError, PeerRecord, RecordError
 from llmasos.routing.view import SwarmView
 
 if TYPE_CHECKING:
@@ -32,6 +33,7 @@ class Directory:
         self.view = SwarmView()
         self._network = network
         self._looked_up_at: dict[str, float] = {}
+        self._warned_of: set[str] = set()
         self._lock = asyncio.Lock()
 
     def age_s(self, model: str) -> float:
@@ -46,12 +48,28 @@ class Directory:
             found = await self._network.lookup(model_topic(model))
             now = self._network.now()
             self._looked_up_at[model] = now
+            ahead_s: dict[str, float] = {}
             for peer, published in found.items():
                 try:
                     self.view.add(PeerRecord.from_bytes(published.value, peer=peer, now=now), published.expires_at)
+                except ClockError as error:
+                    ahead_s[peer] = error.ahead_s
                 except RecordError as error:
                     log.info("the record of peer %s is refused: %s", peer, error)
             self.view.expire(now)
+            self._warn_of_clocks(ahead_s, everybody=bool(found.keys() - {self._network.peer_id} <= ahead_s.keys()))
+
+    def _warn_of_clocks(self, ahead_s: dict[str, float], *, everybody: bool) -> None:
+        """Say once whose clock is wrong: that of one peer, or ours, when all others are ahead of it."""
+        new = {peer: seconds for peer, seconds in ahead_s.items() if peer not in self._warned_of}
+        self._warned_of &= ahead_s.keys()  # a clock that was set is a new clock
+        self._warned_of |= new.keys()
+        if everybody and new:
+            slow_s = median(new.values())
+            log.warning("the clock of this machine seems to be %.0f s slow: set it, or nobody can be seen", slow_s)
+            return
+        for peer, seconds in new.items():
+            log.warning("peer %s is passed over: its clock is %.0f s fast", peer, seconds)
 
     async def refresh_all(self) -> None:
         """Look up every model that some peer names."""

@@ -62,6 +62,14 @@ class RecordError(ValueError):
         self.field = field
 
 
+class ClockError(RecordError):
+    """A record from the future: its peer's clock is ahead of ours by `ahead_s`, or ours is behind."""
+
+    def __init__(self, ahead_s: float) -> None:
+        super().__init__("announced_at", f"lies {ahead_s:.0f} s in the future")
+        self.ahead_s = ahead_s
+
+
 class PeerState(StrEnum):
     """The life of a peer. Only `ONLINE` takes new sessions; `DRAINING` finishes those that it has."""
 
@@ -169,7 +177,7 @@ class PeerRecord:
         if record.peer != peer:
             raise RecordError("peer", f"is not {peer}, who has signed it")
         if record.announced_at > now + MAX_CLOCK_SKEW_S:
-            raise RecordError("announced_at", f"lies {record.announced_at - now:.0f} s in the future")
+            raise ClockError(record.announced_at - now)
         return record
 
 

@@ -1,4 +1,5 @@
 from collections import Counter
+from dataclasses import replace
 from random import Random
 
 import pytest
@@ -7,7 +8,7 @@ from hypothesis import strategies as st
 
 from llmasos.config import LEASE_S
 from llmasos.errors import UsageError
-from llmasos.routing.placement import CREDIT, choose_span
+from llmasos.routing.placement import CREDIT, HYSTERESIS, better_span, choose_span
 from llmasos.routing.records import PeerRecord, PeerState
 from llmasos.routing.view import Numerics, SwarmView
 from llmasos.span import Span
@@ -117,3 +118,66 @@ def test_who_cannot_be_chained_with_us_does_not_count(changes: dict[str, object]
 def test_without_room_for_a_block_there_is_nothing_to_choose() -> None:
     with pytest.raises(UsageError, match="single block"):
         choose_span(SwarmView(), "smollm2", 30, 0, 50.0, NOW, Random(1))
+
+
+# --- moving -----------------------------------------------------------------------------------------------------------
+
+
+@given(swarms.filter(bool), st.integers(0, 2**32))
+def test_a_move_leaves_the_swarm_stronger_and_opens_no_gap(records: tuple[PeerRecord, ...], seed: int) -> None:
+    me = records[0]
+    move = better_span(a_view(*records), me, NOW, Random(seed))
+    if move is None:
+        return
+    before = strengths(records[1:])
+    with_me_here = sorted(rows + me.throughput * (block in me.span) for block, rows in enumerate(before))
+    with_me_there = sorted(rows + me.throughput * (block in move.span) for block, rows in enumerate(before))
+    assert with_me_there > with_me_here
+    assert with_me_there.count(0.0) <= with_me_here.count(0.0)
+    assert move.urgent == any(before[block] == 0.0 and block not in me.span for block in move.span.blocks())
+    assert len(move.span) == len(me.span)
+
+
+@given(swarms.filter(bool), st.integers(0, 2**32))
+def test_moves_come_to_an_end(records: tuple[PeerRecord, ...], seed: int) -> None:
+    """Each in turn goes where it is of more use, until nobody does."""
+    rng, standing = Random(seed), [record for record in records if record.state is PeerState.ONLINE]
+    for _ in range(50):
+        moves = [(record, better_span(a_view(*standing), record, NOW, rng)) for record in standing]
+        wanted = [(record, move) for record, move in moves if move is not None]
+        if not wanted:
+            return
+        record, move = wanted[0]
+        standing[standing.index(record)] = replace(record, span=move.span)
+    raise AssertionError("fifty moves, and no end")
+
+
+@pytest.mark.parametrize(
+    ("beside_me", "there", "moves"),
+    [
+        (1, 0, True),  # a gap: one who is not alone is enough
+        (0, 0, False),  # the only holder does not open another
+        (1, 1, False),  # two and one are near enough to equal
+        (2, 1, False),
+        (3, 1, True),
+        (9, 7, False),
+        (12, 7, True),
+    ],
+)
+def test_when_it_is_worth_it(beside_me: int, there: int, moves: bool) -> None:
+    me = a_record("me", "0:15")
+    view = a_view(
+        me,
+        *(a_record(f"here{n}", "0:15") for n in range(beside_me)),
+        *(a_record(f"there{n}", "15:30") for n in range(there)),
+    )
+    move = better_span(view, me, NOW, Random(1))
+    assert (move is not None) == moves == (there == 0 < beside_me or beside_me >= HYSTERESIS * (there + 1))
+    if move is not None:
+        assert (move.span, move.urgent) == (Span(15, 30), there == 0)
+
+
+def test_who_is_on_the_way_counts() -> None:
+    me = a_record("me", "0:15")
+    coming = a_record("coming", "15:30", state=PeerState.JOINING)
+    assert better_span(a_view(me, a_record("here", "0:15"), coming), me, NOW, Random(1)) is None
