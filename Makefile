@@ -57,6 +57,7 @@ format: install  ## Format the code and apply the safe fixes
 
 bench: install  ## Print the measured ratios (minutes; run nothing beside it)
 	$(PY) benchmarks/decode.py
+	$(PY) benchmarks/native.py
 
 clean:  ## Remove what was built
 	rm -rf $(VENV) build dist *.egg-info llmasos/blocks/native/_kernels.so .mypy_cache .ruff_cache .pytest_cache .hypothesis
