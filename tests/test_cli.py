@@ -146,7 +146,7 @@ def test_the_version_goes_to_stdout() -> None:
         ([*PEER, "--blocks", "0:3", "--port", "65536"], "no ports above 65535"),
         ([*PEER, "--blocks", "0:3", "--port", "-1"], "whole number"),
         ([*PEER, "--blocks", "0:3", "--kv-tokens", "0"], "at least 1"),
-        ([*PEER, "--blocks", "0:3", "--quantize", "int8"], "int8 is not served"),
+        ([*PEER, "--blocks", "0:3", "--quantize", "int2"], "invalid choice"),
         ([*PEER, "--blocks", "0:3", "--dtype", "float8"], "invalid choice"),
         ([*PEER, "--blocks", "0:3", "--colour", "red"], "unrecognized arguments"),
         ([*BOOTSTRAP, "--host", "nowhere"], "is not an IP address"),

@@ -23,7 +23,7 @@ NOBODY = "/ip4/127.0.0.1/tcp/9/p2p/12D3KooWNvSZnPi3RrhrTwEY4LuuBeB6K6facKUCJcyWG
         (["--blocks", "0:3", "--device", "quantum"], 2, ["quantum"]),
         (["--blocks", "0:3", "--join", "not-an-address"], 2, ["not-an-address", "/p2p/"]),
         (["--blocks", "0:3", "--join", NOBODY], 1, ["127.0.0.1/tcp/9"]),
-        (["--blocks", "0:3", "--quantize", "int4"], 2, ["int4"]),
+        (["--blocks", "0:3", "--engine", "torch", "--quantize", "int4"], 2, ["int4", "torch"]),
         ([], 2, ["--blocks"]),
     ],
     ids=lambda value: " ".join(value)[:60] if isinstance(value, list) else None,
