@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from transformers import DynamicCache
 
-from llmasos.blocks.anatomy import Anatomy, dissect
+from llmasos.blocks.anatomy import MISFITS, Anatomy, dissect
 from llmasos.blocks.chain import Chain, mute
 from llmasos.blocks.layers import DecoderBlocks
 from llmasos.blocks.loading import Loader, Progress, left_on_meta
@@ -67,7 +67,10 @@ def load_natively(
         alone = DecoderBlocks(spec, Span(index, index + 1), "float32", device, body, chain)
         sort = (shapes[index], angles.of(index))
         short = sort in seen or stack.positions < _LONG_CUTS[-1]
-        error = deviation(alone, stack, index - span.start, _CUTS if short else _LONG_CUTS)
+        try:
+            error = deviation(alone, stack, index - span.start, _CUTS if short else _LONG_CUTS)
+        except MISFITS as reason:  # then torch says what is wrong with it
+            raise MisfitError(f"{spec.family} code fails when block {index} runs apart ({reason})") from reason
         if not error <= 1:
             raise MisfitError(f"block {index} gives other results ({error:.1f} times the tolerated error)")
         seen.add(sort)
