@@ -35,7 +35,7 @@ async def generate(args: Namespace) -> None:
         "seed": args.seed,
         "stop": args.stop,
     }
-    async with AsyncLLMasOS(args.join) as client:
+    async with AsyncLLMasOS(args.join, on_event=lambda event: say(f"{event}", style="dim")) as client:
         result: Generation | None = None
         async for piece in client.stream(prompt, args.model, **options):
             if isinstance(piece, Generation):

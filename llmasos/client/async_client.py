@@ -12,6 +12,7 @@ from llmasos.blocks.ends import load_ends
 from llmasos.blocks.registry import load_tokenizer, resolve
 from llmasos.blocks.sampling import SamplingParams
 from llmasos.client import prompts
+from llmasos.client.events import OnEvent, ignore
 from llmasos.client.generate import Dialogue, Generation, GenerationRequest, Generator
 from llmasos.client.http_client import HttpGateway
 from llmasos.client.router import Router
@@ -71,6 +72,7 @@ class AsyncLLMasOS:
 
     `endpoint` is the multiaddr of any peer or bootstrap of the swarm, or several of them - or the http(s) address of a
     gateway, which may want an `api_key`. `network` replaces the libp2p node that the client would make for itself.
+    `on_event` is told what happens to generations beside their text: lost peers, waiting for blocks to come back.
     """
 
     def __init__(
@@ -81,7 +83,9 @@ class AsyncLLMasOS:
         network: Network | None = None,
         seed: int | None = None,
         api_key: str | None = None,
+        on_event: OnEvent = ignore,
     ) -> None:
+        self._on_event = on_event
         self._endpoints = (endpoint,) if isinstance(endpoint, str) else tuple(endpoint)
         if not self._endpoints or not all(self._endpoints):
             raise UsageError("no endpoint is given", hint="give the multiaddr that a peer prints when it is ready")
@@ -297,7 +301,7 @@ class AsyncLLMasOS:
             dtype=self._config.dtype,
             quantization=self._config.quantization,
         )
-        async with Session(self._network, router, request, self._config) as session:
+        async with Session(self._network, router, request, self._config, on_event=self._on_event) as session:
             yield Dialogue(session)
 
     async def generator(self, model_name: str) -> Generator:

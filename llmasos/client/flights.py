@@ -6,6 +6,11 @@ from dataclasses import dataclass
 from llmasos.errors import LLMasOSError
 from llmasos.wire import Tensor
 
+SUSPECT_FACTOR = 4.0
+"""Times what answers took lately: a step that has to wait for others' prompts takes two or three times its usual."""
+MIN_SUSPECT_AFTER_S = 0.5
+"""Steps of a few milliseconds are late now and then for reasons that no ping has to look into."""
+
 
 @dataclass(slots=True)
 class Flight:
@@ -23,6 +28,7 @@ class Flights:
 
     def __init__(self) -> None:
         self._flights: dict[int, Flight] = {}
+        self._slowest_s = 0.0  # what an answer took lately, the slow ones above all; 0 before the first
 
     def __contains__(self, number: int | None) -> bool:
         return number in self._flights
@@ -41,6 +47,14 @@ class Flights:
         """Wait for the answer to a step, but no longer than that."""
         done, _ = await asyncio.wait([self._flights[number].answer], timeout=timeout_s)
         return bool(done)
+
+    def took(self, seconds: float) -> None:
+        """An answer came after that time, and nothing was wrong."""
+        self._slowest_s = max(seconds, 0.8 * self._slowest_s)
+
+    def patience_s(self, most_s: float) -> float:
+        """How long an answer may take before one asks whether all are well: a multiple of what was usual."""
+        return min(most_s, max(MIN_SUSPECT_AFTER_S, SUSPECT_FACTOR * self._slowest_s)) if self._slowest_s else most_s
 
     def take(self, number: int) -> Tensor:
         """The answer to a step that has landed. Raises what it failed with."""

@@ -18,6 +18,9 @@ from llmasos.errors import LLMasOSError, short_id
 
 log = logging.getLogger(__name__)
 
+WAITING_EVERY_S = 2.0
+"""How often a client is told that its text waits for lost blocks."""
+
 EVENT_STREAM = {
     "Content-Type": "text/event-stream; charset=utf-8",
     "Cache-Control": "no-cache",
@@ -111,12 +114,19 @@ class Answer:
         await self._write(response, "data: [DONE]\n\n")
 
     async def _next(self, response: web.StreamResponse) -> Event:
+        """The next event. Meanwhile comments: what a text waits for, or that the gateway is still there."""
+        every_s = min(self._config.keep_alive_s, WAITING_EVERY_S)
+        silent_s = 0.0
         while True:
             try:
-                async with asyncio.timeout(self._config.keep_alive_s):
+                async with asyncio.timeout(every_s):
                     return await self._texts.next()
             except TimeoutError:
-                await self._write(response, ": still at it\n\n")
+                silent_s += every_s
+                waiting = next((live.waiting for live in self._texts.live.values() if live.waiting), None)
+                if waiting is not None or silent_s >= self._config.keep_alive_s:
+                    silent_s = 0.0
+                    await self._write(response, f": {waiting or 'still at it'}\n\n")
 
     def _rerouted(self, index: int) -> str:
         """A comment when hops of this text have been replaced since its last event."""

@@ -64,6 +64,12 @@ class Live:
         """Hops that were lost and replaced."""
         return self.dialogue.session.failovers if self.dialogue is not None else 0
 
+    @property
+    def waiting(self) -> str | None:
+        """What it waits for, in words; None while it does not."""
+        waiting = self.dialogue.session.waiting if self.dialogue is not None else None
+        return str(waiting) if waiting is not None else None
+
 
 @dataclass(slots=True)
 class Texts:

@@ -13,6 +13,10 @@ from llmasos.routing.planner import Route
 from llmasos.span import Span, gaps
 from llmasos.wire import Reroute
 
+LINK_TIMEOUT_S = 1.5
+"""Rows that one hop has sent and the next, which is idle, has not seen for so long are lost: a chunk of a prompt takes
+a second on the slowest link that we reckon with (`SLOW_LINK_BYTES_PER_S`)."""
+
 
 @dataclass(frozen=True, slots=True)
 class HandOver:
@@ -29,6 +33,7 @@ class Hops:
         self._blocks = blocks
         self._hops: list[HopLink] = []
         self._aside: list[HandOver] = []
+        self._starving: dict[HopLink, tuple[int, float]] = {}  # the step that the next hop saw last, and since when
 
     def __iter__(self) -> Iterator[HopLink]:
         return iter(list(self._hops))
@@ -76,17 +81,20 @@ class Hops:
         """Those whose neighbours are not those that they know of."""
         return [hop for hop in self._hops if hop.told != self.sides(hop)]
 
-    def starving(self, number: int) -> dict[HopLink, int]:
-        """Of whom it seems that what they pass on does not arrive: the next hop has nothing to do and has not seen the
-        step `number`, nor others that were passed on to it. With the last step that it has seen, -1 for none.
+    def cut_links(self, number: int, now: float) -> list[HopLink]:
+        """Those whose rows do not arrive, to be asked while the step `number` is waited for, after each round of pings.
+
+        The next hop has nothing to do and has not seen that step, nor others that were passed on to it, for a while.
         """
-        found = {}
+        starving: dict[HopLink, tuple[int, float]] = {}
         for hop, following in pairwise(self._hops):
-            passed, seen = hop.progress.passed, following.progress.accepted
-            accepted = -1 if seen is None else seen
-            if passed is not None and accepted < min(passed, number) and not following.progress.queued:
-                found[hop] = accepted
-        return found
+            passed, accepted = hop.progress.passed, following.progress.accepted
+            seen = -1 if accepted is None else accepted
+            if passed is not None and seen < min(passed, number) and not following.progress.queued:
+                before = self._starving.get(hop)
+                starving[hop] = before if before is not None and before[0] == seen else (seen, now)
+        self._starving = starving
+        return [hop for hop, (_, since) in starving.items() if now - since >= LINK_TIMEOUT_S]
 
     def sides(self, hop: HopLink) -> Reroute:
         """From whom a hop takes steps and to whom it sends them, as the route stands."""

@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from statistics import fmean
 
+from llmasos.client.events import OnEvent, Waiting, ignore
 from llmasos.config import ClientConfig
 from llmasos.errors import LLMasOSError, MissingBlocksError, PeerRefusedError
 from llmasos.network import Network
@@ -52,13 +53,17 @@ class Router:
         """A name that nobody can guess: who knows it may be taken for the session's previous hop."""
         return f"{self._rng.getrandbits(128):032x}"
 
-    async def plan(self, request: RouteRequest, missing: Sequence[Span], *, patient: bool) -> list[Hop]:
+    async def plan(
+        self, request: RouteRequest, missing: Sequence[Span], *, patient: bool, on_event: OnEvent = ignore
+    ) -> list[Hop]:
         """The cheapest hops for the blocks `missing`, in order.
 
-        Raises MissingBlocksError when no peer has them, after looking again - for `wait_for_blocks_s` if `patient`.
+        Raises MissingBlocksError when no peer has them, after looking again - for `wait_for_blocks_s` if `patient`;
+        `on_event` is told of the waiting.
         """
         loop = asyncio.get_running_loop()
-        deadline = loop.time() + (self._config.wait_for_blocks_s if patient else 0.0)
+        begin = loop.time()
+        deadline = begin + (self._config.wait_for_blocks_s if patient else 0.0)
         max_age_s = self._config.refresh_every_s
         while True:
             await self.directory.refresh(request.model, max_age_s=max_age_s)
@@ -71,7 +76,9 @@ class Router:
                 avoided_s = self._shortest_avoidance_s(request.model)
                 if loop.time() >= deadline and not 0 < avoided_s <= MAX_SHORT_WAIT_S:
                     raise
-                log.warning("%s; waiting for a peer that serves them", error.message)
+                now = loop.time()
+                on_event(Waiting(request.model, tuple(error.missing), now - begin, max(deadline - now, 0.0)))
+                log.debug("%s; waiting for a peer that serves them", error.message)
                 await asyncio.sleep(min(avoided_s, RETRY_EVERY_S) if avoided_s else RETRY_EVERY_S)
 
     def saw_rtt(self, peer: str, seconds: float) -> None:

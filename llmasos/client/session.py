@@ -23,6 +23,7 @@ from types import TracebackType
 from typing import Self
 
 from llmasos.client.connections import Connections
+from llmasos.client.events import Event, HandedOver, OnEvent, Rerouted, Waiting, ignore
 from llmasos.client.flights import Flight, Flights
 from llmasos.client.hop import HopLink, as_error
 from llmasos.client.hops import Hops
@@ -37,14 +38,6 @@ from llmasos.wire import AnyMessage, Draining, Failed, Open, Replay, Result, Ste
 
 log = logging.getLogger(__name__)
 
-LINK_TIMEOUT_S = 1.5
-"""Rows that one hop has sent and the next, which is idle, has not seen for so long are lost: a chunk of a prompt takes
-a second on the slowest link that we reckon with (`SLOW_LINK_BYTES_PER_S`)."""
-SUSPECT_FACTOR = 4.0
-"""Times what answers took lately: a step that has to wait for others' prompts takes two or three times its usual."""
-MIN_SUSPECT_AFTER_S = 0.5
-"""Steps of a few milliseconds are late now and then for reasons that no ping has to look into."""
-
 
 class Session:
     """An open chain of hops. An async context manager; one `forward` at a time.
@@ -52,11 +45,22 @@ class Session:
     `request.kv_tokens` is what each hop reserves for the session.
     """
 
-    def __init__(self, network: Network, router: Router, request: RouteRequest, config: ClientConfig) -> None:
+    def __init__(
+        self,
+        network: Network,
+        router: Router,
+        request: RouteRequest,
+        config: ClientConfig,
+        *,
+        on_event: OnEvent = ignore,
+    ) -> None:
         if request.model_blocks is None:
             raise ValueError("a session must know how many blocks its model has")
         self.failovers = 0
         self.replayed_tokens = 0
+        self.waiting: Waiting | None = None
+        """What the session waits for, while it does."""
+        self._on_event = on_event
         self._router = router
         self._request = request
         self._config = config
@@ -65,7 +69,6 @@ class Session:
         self._inputs = History()
         self._answered = 0  # positions below this are answered, and cached on every hop that is not lagging
         self._flights = Flights()
-        self._slowest_s = 0.0  # what an answer took lately, the slow ones above all; 0 before the first
         self._steps = itertools.count()
         self._names = itertools.count()
         self._connections = Connections(network, router, config, self._hear, self._on_lost)
@@ -174,32 +177,19 @@ class Session:
         loop = asyncio.get_running_loop()
         deadline = loop.time() + self._config.step_timeout_s
         begin, probed = loop.time(), False
-        starving: dict[HopLink, tuple[int, float]] = {}  # what the next hop has seen, and since when no more
-        while not await self._flights.landed(number, self._patience_s):
+        while not await self._flights.landed(number, self._flights.patience_s(self._config.suspect_after_s)):
             probed = True
             await self._connections.probe(list(self._hops))
-            seen = self._hops.starving(number)
-            starving = {
-                hop: starving[hop] if hop in starving and starving[hop][0] == step else (step, loop.time())
-                for hop, step in seen.items()
-            }
-            for hop, (_, since) in starving.items():
-                if loop.time() - since >= LINK_TIMEOUT_S:
-                    self._cut_off(hop, "its rows do not arrive")
+            for hop in self._hops.cut_links(number, loop.time()):
+                self._cut_off(hop, "its rows do not arrive")
             if loop.time() > deadline:
                 for hop in self._hops:  # all answer pings, yet the step is gone: trust none of them with it again
                     self._connections.lose(
                         hop, PeerTimeoutError(hop.plan.peer, f"no step in {self._config.step_timeout_s:g} s")
                     )
         if not probed:
-            self._slowest_s = max(loop.time() - begin, 0.8 * self._slowest_s)
+            self._flights.took(loop.time() - begin)
         return self._flights.take(number)
-
-    @property
-    def _patience_s(self) -> float:
-        """How long an answer may take before the hops are asked whether they live: a multiple of what was usual."""
-        most_s = self._config.suspect_after_s
-        return min(most_s, max(MIN_SUSPECT_AFTER_S, SUSPECT_FACTOR * self._slowest_s)) if self._slowest_s else most_s
 
     # --- failover ----------------------------------------------------------------------------------------------------
 
@@ -237,6 +227,7 @@ class Session:
             else:
                 for hop in self._hops.end_hand_overs():
                     self._connections.leave(hop)
+                    self._on_event(HandedOver(hop.plan.peer))
                 return
 
     async def _bridge(self, hop: HopLink) -> None:
@@ -260,13 +251,26 @@ class Session:
             self.failovers += 1
         for hop in lost:
             self._connections.leave(hop)
-        planned = await self._router.plan(self._request, missing, patient=self._answered > 0)
+        try:
+            planned = await self._router.plan(
+                self._request, missing, patient=self._answered > 0, on_event=self._tell_of_waiting
+            )
+        finally:
+            self.waiting = None
         newcomers = self._newcomers(planned)
         self._hops.insert(newcomers)
         await asyncio.gather(*(self._open(hop) for hop in newcomers))
         errors = [hop.lost for hop in newcomers if hop.lost is not None]
         if errors:
             raise errors[0]
+        if lost:
+            reasons = "; ".join(hop.lost.message for hop in lost if hop.lost is not None)
+            self._on_event(Rerouted(tuple(hop.plan.peer for hop in lost), reasons))
+
+    def _tell_of_waiting(self, event: Event) -> None:
+        if isinstance(event, Waiting):
+            self.waiting = event
+        self._on_event(event)
 
     def _newcomers(self, planned: list[Hop]) -> list[HopLink]:
         return [HopLink(plan, f"{self._id}.{next(self._names)}") for plan in planned]

@@ -6,6 +6,7 @@ from typing import ClassVar
 
 import pytest
 
+from llmasos.client.events import Event, Rerouted, Waiting
 from llmasos.client.session import Session
 from llmasos.config import ClientConfig
 from llmasos.errors import MissingBlocksError, UsageError
@@ -207,12 +208,21 @@ class TestFailover:
             prompt = rows(30)
             async with client.session() as session:
                 await feed(session, prompt)
+                told: list[Event] = []
+                session._on_event = told.append
                 cluster.kill("b")
                 work = asyncio.create_task(feed(session, rows(1, start=5)))
                 await asyncio.sleep(10)
                 assert not work.done()
+                assert session.waiting is not None
+                assert str(session.waiting).startswith("blocks 4:9 of simulated have no peer: waiting for one, 2")
                 await cluster.start("b again", "4:9")
                 assert await work == reference(12, prompt + rows(1, start=5))[-1:]
+                assert session.waiting is None
+                *waiting, last = told
+                assert 9 <= len(waiting) <= 12  # once a second
+                assert all(isinstance(event, Waiting) for event in waiting)
+                assert isinstance(last, Rerouted)
 
         in_swarm({"a": "0:4", "b": "4:9", "c": "9:12"}, scenario)
 
