@@ -12,6 +12,7 @@ from rich.table import Table
 from rich.text import Text
 
 from llmasos import __version__
+from llmasos.cli_route import add_route, route
 from llmasos.cli_serve import add_gateway, add_key, add_up, gateway, key, up
 from llmasos.client.chat import add_chat, chat
 from llmasos.config import NetworkConfig
@@ -48,8 +49,8 @@ async def generate(args: Namespace) -> None:
         show(json.dumps(asdict(result), ensure_ascii=False))
         return
     show("")
-    route = " → ".join(f"{hop.blocks} on {hop.peer[-8:]}" for hop in result.route)
-    say(f"{result.completion_tokens} tokens, {result.tokens_per_s:.1f} tokens/s, route {route}", style="dim")
+    hops = " → ".join(f"{hop.blocks} on {hop.peer[-8:]}" for hop in result.route)
+    say(f"{result.completion_tokens} tokens, {result.tokens_per_s:.1f} tokens/s, route {hops}", style="dim")
 
 
 async def status(args: Namespace) -> None:
@@ -198,6 +199,9 @@ COMMANDS = {
         key, add_key, "Make an API key for a gateway.", "  llmasos key alice --file keys.toml --requests-per-minute 60"
     ),
     "status": Command(status, _add_status, "Show the models and peers of a swarm.", f"  llmasos status {JOIN} --json"),
+    "route": Command(
+        route, add_route, "Show the route that a request would take, and why.", f"  llmasos route --explain {JOIN}"
+    ),
     "models": Command(models, _add_models, "List what can be named as a model.", f"  llmasos models {JOIN}"),
     "doctor": Command(doctor, add_doctor, "Find out what is wrong here.", f"  llmasos doctor {JOIN}"),
 }

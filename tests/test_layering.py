@@ -53,7 +53,11 @@ HOMES = {
 }
 """Where a heavy library may be loaded."""
 
-SIMULATED = ["llmasos.peer", "llmasos.client.session", "llmasos.client.router", "llmasos.routing"]
+SIMULATED = [
+    "llmasos.peer",
+    "llmasos.routing",
+    *(f"llmasos.client.{name}" for name in ("session", "connections", "events", "flights", "hop", "hops", "router")),
+]
 """Runs unchanged under virtual time: clocks, sleeping and chance come in through a seam."""
 REAL = ["llmasos.peer.torch_runner", "llmasos.peer.serve", "llmasos.peer.__main__"]
 """The real side of the Runner seam, and where a process begins."""

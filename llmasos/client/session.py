@@ -58,6 +58,7 @@ class Session:
             raise ValueError("a session must know how many blocks its model has")
         self.failovers = 0
         self.replayed_tokens = 0
+        self.replay_s = 0.0
         self.waiting: Waiting | None = None
         """What the session waits for, while it does."""
         self._on_event = on_event
@@ -325,6 +326,7 @@ class Session:
     async def _catch_up(self, first: int, count: int) -> None:
         """Let the hops `[first, first + count)` compute what has been answered, from what the hop before them sent."""
         until, chunk = self._answered, self._config.prompt_chunk_tokens
+        begin = asyncio.get_running_loop().time()
         catching_up = [self._hops[index] for index in range(first, first + count)]
         if until and first == 0:
             await self._send_rows(0, until, lambda behind, tokens: 0, lambda behind, answer: None, replay=count)
@@ -338,6 +340,7 @@ class Session:
             for number in numbers:
                 await self._answer(number)
         self.replayed_tokens += until
+        self.replay_s += asyncio.get_running_loop().time() - begin
         for hop in catching_up:
             hop.lagging = False
 

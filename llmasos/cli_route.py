@@ -1,0 +1,114 @@
+"""llmasos route: the route that a request would take now, and why."""
+
+import asyncio
+import json
+import random
+import secrets
+from argparse import ArgumentParser, Namespace
+from typing import TYPE_CHECKING, Any
+
+from rich.table import Table
+from rich.text import Text
+
+from llmasos.config import PONG_TIMEOUT_S, NetworkConfig
+from llmasos.console import say, show, talk, whole
+from llmasos.errors import MissingBlocksError, PeerError
+from llmasos.network import Network, call
+from llmasos.wire import PROTOCOL, Contact, Ping, encode
+
+if TYPE_CHECKING:
+    from llmasos.routing.health import Health
+    from llmasos.routing.records import PeerRecord
+
+MAX_PINGED = 64
+"""Peers whose distance is measured before a route is planned; the others count as far away as these are typically."""
+COSTS = ("link_s", "compute_s", "wait_s", "own_s", "risk_s", "doubt_s")
+
+
+async def route(args: Namespace) -> None:
+    """Plan as a client that has just come would, and tell: hops on stdout, what they cost on stderr."""
+    say("joining the swarm", style="dim")
+    from llmasos.p2p import P2PNetwork
+    from llmasos.routing.directory import Directory
+    from llmasos.routing.explain import as_json, explain
+    from llmasos.routing.health import Health
+    from llmasos.routing.planner import RouteRequest
+
+    async with await P2PNetwork.create(NetworkConfig(listen=False)) as network:
+        await network.join(args.join)
+        directory, health = Directory(network), Health()
+        await directory.refresh(args.model)
+        view = directory.view
+        checkpoint = view.checkpoint(args.model)
+        if checkpoint is None:
+            raise MissingBlocksError(args.model, ["auto"], why="no peer announces this model")
+        await _measure(network, view.peers(args.model)[:MAX_PINGED], health)
+        request = RouteRequest(
+            model=args.model,
+            digest=checkpoint.digest,
+            model_blocks=checkpoint.blocks,
+            prompt_tokens=args.prompt_tokens,
+            new_tokens=args.new_tokens,
+            kv_tokens=args.prompt_tokens + args.new_tokens,
+        )
+        explanation = explain(view, request, network.now(), random.Random(secrets.randbits(64)), health)
+        found = as_json(view, args.model, explanation)
+    if args.json:
+        show(json.dumps(found, ensure_ascii=False))
+        return
+    for hop in found["route"]["hops"]:
+        show(f"{hop['blocks']}\t{hop['peer']}")
+    if args.explain:
+        _explain(found, args)
+
+
+async def _measure(network: Network, peers: list["PeerRecord"], health: "Health") -> None:
+    """Ping them all at once; who does not answer is a failure that the planner reckons with."""
+
+    async def ping(record: "PeerRecord") -> None:
+        loop = asyncio.get_running_loop()
+        contact = Contact(record.peer, record.addresses)
+        try:
+            await call(network, contact, PROTOCOL, encode(Ping()), PONG_TIMEOUT_S)  # connects as well
+            begin = loop.time()
+            await call(network, contact, PROTOCOL, encode(Ping()), PONG_TIMEOUT_S)
+        except PeerError:
+            health.failed(record.peer, network.now())
+        else:
+            health.saw_rtt(record.peer, loop.time() - begin, network.now())
+
+    await asyncio.gather(*(ping(record) for record in peers))
+
+
+def _explain(found: dict[str, Any], args: Namespace) -> None:
+    say(f"\nwhat {args.prompt_tokens} prompt tokens and {args.new_tokens} new ones cost, in seconds:", style="bold")
+    _show_costs(found["route"])
+    for other in found["runners_up"]:
+        share = other["total_s"] / max(found["route"]["total_s"], 1e-9) - 1
+        say(f"\nwithout {other['without'][-8:]} ({share:+.0%}):", style="bold")
+        _show_costs(other)
+    if found["runners_up"]:
+        say("\nroutes within a quarter of the cheapest count as equal: each plan draws among them", style="dim")
+    else:
+        say("\nno other route: each of these peers holds blocks that nobody else has")
+
+
+def _show_costs(route: dict[str, Any]) -> None:
+    table = Table(box=None, pad_edge=False)
+    for column in ("blocks", "peer", "name", *(cost.removesuffix("_s") for cost in COSTS), "total"):
+        table.add_column(column, justify="left" if column in ("blocks", "peer", "name") else "right")
+    for hop in route["hops"]:
+        costs = [f"{hop[cost]:.3f}" for cost in (*COSTS, "total_s")]
+        table.add_row(*(Text(cell) for cell in (hop["blocks"], hop["peer"][-8:], hop["name"], *costs)))
+    table.add_row(*(Text("") for _ in range(3 + len(COSTS))), Text(f"{route['total_s']:.3f}"))
+    talk.print(table)
+
+
+def add_route(command: ArgumentParser) -> None:
+    """What it takes."""
+    command.add_argument("--model", default="smollm2", help="as peers announce it (default: %(default)s)")
+    command.add_argument("--prompt-tokens", type=whole(1), default=64, help="(default: %(default)s)")
+    command.add_argument("--new-tokens", type=whole(0), default=64, help="(default: %(default)s)")
+    command.add_argument("--explain", action="store_true", help="what each hop costs and why, and the runners-up")
+    command.add_argument("--join", action="append", required=True, metavar="MULTIADDR", help="a peer of the swarm")
+    command.add_argument("--json", action="store_true", help="one JSON object on stdout")
