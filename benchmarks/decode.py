@@ -1,9 +1,11 @@
-"""Decoding speed as ratios in one run: transformers alone; one session, and sixteen, through one peer and three.
+"""Decoding speed as ratios in one run: transformers alone; one text, and sixteen, through one peer and three.
 
-    python benchmarks/decode.py [--rounds 5] [--prompt-tokens 64] [--new-tokens 128]
+    python benchmarks/decode.py [--rounds 5] [--prompt-tokens 64] [--new-tokens 128] [--all]
 
 Every contestant is a process of its own that lives through the whole run; they take turns, so that a machine whose
-speed drifts drifts for all of them. Absolute numbers repeat within a factor of two here; the ratios hold.
+speed drifts drifts for all of them. Absolute numbers repeat within a factor of two here; the ratios hold. The prompt is
+prose and nothing is guessed, but for the contestant that says so. `--all` adds the torch engine, and the compiled one
+with smaller weights.
 """
 
 import argparse
@@ -13,8 +15,10 @@ import statistics
 import sys
 import time
 from collections.abc import Awaitable, Callable
+from contextlib import AsyncExitStack
 
 from llmasos.client.async_client import AsyncLLMasOS
+from llmasos.config import ClientConfig
 from sim.local import LocalSwarm, split_evenly
 
 BASELINE = """
@@ -36,7 +40,10 @@ for line in sys.stdin:
     print(json.dumps(answer), flush=True)
 """
 
-TEXT = "The river had been the city's only road for a thousand years, and it still carried its memory. " * 40
+PROSE = """The lighthouse keeper had kept a diary for thirty-one years, and in all that time he had written only of the
+weather, the ships and the price of oil. So when his daughter opened the last volume and found a letter folded into the
+back cover, she sat down on the stairs before she read it. It began with an apology, and it was not addressed to her but
+to somebody called Marta, who had, as far as anyone on the island knew, never existed at all."""
 
 Run = Callable[[], Awaitable[tuple[list[int], float]]]  # the tokens, and tokens/s after the first
 
@@ -82,51 +89,90 @@ def together(client: AsyncLLMasOS, prompt: str, new_tokens: int, sessions: int) 
     return run
 
 
-async def main(rounds: int, prompt_tokens: int, new_tokens: int) -> None:
-    async with LocalSwarm() as one, LocalSwarm() as three:
-        await one.start_peers(split_evenly(30, 1))
-        await three.start_peers(split_evenly(30, 3))
-        async with AsyncLLMasOS(one.address) as to_one, AsyncLLMasOS(three.address) as to_three:
-            generator = await to_one.generator("smollm2")
-            text = (
-                "The river had been the city's only road for a thousand years, and it still carried its memory. " * 20
+async def swarm(stack: AsyncExitStack, peers: int, *options: str) -> LocalSwarm:
+    """That many peers with even spans."""
+    started = await stack.enter_async_context(LocalSwarm())
+    spans = enumerate(split_evenly(30, peers), start=1)
+    await asyncio.gather(*(started.start_peer(f"peer{n}", str(span), *options) for n, span in spans))
+    return started
+
+
+async def plain_client(stack: AsyncExitStack, to: LocalSwarm, **numbers: str) -> AsyncLLMasOS:
+    """A client that guesses nothing."""
+    config = ClientConfig(speculate=False, **numbers)  # type: ignore[arg-type]
+    return await stack.enter_async_context(AsyncLLMasOS(to.address, config=config))
+
+
+async def main(rounds: int, prompt_tokens: int, new_tokens: int, *, everything: bool) -> None:
+    async with AsyncExitStack() as stack:
+        one, three = await swarm(stack, 1), await swarm(stack, 3)
+        to_one, to_three = await plain_client(stack, one), await plain_client(stack, three)
+        guessing = await stack.enter_async_context(AsyncLLMasOS(one.address))
+        generator = await to_one.generator("smollm2")
+        ids = (await generator.encode(PROSE))[:prompt_tokens]
+        prompt = generator.tokenizer.decode(ids)
+        process, transformers = await baseline(str(generator.spec.source.file.path), ids, new_tokens)
+        contestants = {
+            "transformers": transformers,
+            "1 peer": through(to_one, prompt, new_tokens),
+            "3 peers": through(to_three, prompt, new_tokens),
+            "1 peer, guessing": through(guessing, prompt, new_tokens),
+            "1 peer x 16": together(to_one, prompt, new_tokens, 16),
+            "3 peers x 16": together(to_three, prompt, new_tokens, 16),
+        }
+        if everything:
+            on_torch = [await swarm(stack, count, "--engine", "torch") for count in (1, 3)]
+            torch_clients = [await plain_client(stack, each) for each in on_torch]
+            for count, client in zip((1, 3), torch_clients, strict=True):
+                name = f"torch, {count} peer{'s' * (count > 1)}"
+                contestants[name] = through(client, prompt, new_tokens)
+                contestants[f"{name} x 16"] = together(client, prompt, new_tokens, 16)
+            half = await swarm(stack, 1, "--engine", "torch", "--dtype", "bfloat16")
+            contestants["torch, bfloat16"] = through(
+                await plain_client(stack, half, dtype="bfloat16"), prompt, new_tokens
             )
-            ids = (await generator.encode(text))[:prompt_tokens]
-            prompt = generator.tokenizer.decode(ids)
-            process, transformers = await baseline(str(generator.spec.source.file.path), ids, new_tokens)
-            contestants = {
-                "transformers": transformers,
-                "1 peer": through(to_one, prompt, new_tokens),
-                "3 peers": through(to_three, prompt, new_tokens),
-                "1 peer x 16": together(to_one, prompt, new_tokens, 16),
-                "3 peers x 16": together(to_three, prompt, new_tokens, 16),
-            }
-            speeds: dict[str, list[float]] = {name: [] for name in contestants}
-            tokens: dict[str, list[int]] = {}
-            for turn in range(rounds + 1):
-                for name, run in contestants.items():
-                    tokens[name], speed = await run()
-                    if turn:  # the first round warms up
-                        speeds[name].append(speed)
-            process.terminate()
-            await process.wait()
-    same = all(found == tokens["transformers"] for found in tokens.values())
-    report(speeds, prompt_tokens, new_tokens, same)
+            half = await swarm(stack, 1, "--dtype", "bfloat16")
+            contestants["bfloat16"] = through(await plain_client(stack, half, dtype="bfloat16"), prompt, new_tokens)
+            for kind in ("int8", "int4"):
+                smaller = await swarm(stack, 1, "--quantize", kind)
+                contestants[kind] = through(await plain_client(stack, smaller, quantization=kind), prompt, new_tokens)
+        speeds, tokens = await take_turns(contestants, rounds)
+        process.terminate()
+        await process.wait()
+    exact = [name for name in tokens if name not in INEXACT]
+    different = [name for name in exact if tokens[name] != tokens["transformers"]]
+    report(speeds, prompt_tokens, new_tokens, different)
 
 
-def report(speeds: dict[str, list[float]], prompt_tokens: int, new_tokens: int, same: bool) -> None:
+INEXACT = ("torch, bfloat16", "bfloat16", "int8", "int4")
+"""Whose tokens may differ from those of float32."""
+
+
+async def take_turns(contestants: dict[str, Run], rounds: int) -> tuple[dict[str, list[float]], dict[str, list[int]]]:
+    speeds: dict[str, list[float]] = {name: [] for name in contestants}
+    tokens: dict[str, list[int]] = {}
+    for turn in range(rounds + 1):
+        for name, run in contestants.items():
+            tokens[name], speed = await run()
+            if turn:  # the first round warms up
+                speeds[name].append(speed)
+    return speeds, tokens
+
+
+def report(speeds: dict[str, list[float]], prompt_tokens: int, new_tokens: int, different: list[str]) -> None:
     def ratio(a: str, b: str) -> float:
         return statistics.median(x / y for x, y in zip(speeds[a], speeds[b], strict=True))
 
     rounds = len(speeds["1 peer"])
     print(f"smollm2, float32, batch 1, {prompt_tokens}-token prompt, {new_tokens} new tokens, {rounds} rounds")
+    print(f"  {'':<19} {'tokens/s':>8}   {'lowest - highest':>16}   times transformers")
     for name, values in speeds.items():
-        print(f"  {name:<13} {statistics.median(values):6.1f} tokens/s   ({min(values):.1f} - {max(values):.1f})")
-    print(f"  1 peer / transformers   {ratio('1 peer', 'transformers'):.2f}x")
-    print(f"  3 peers / 1 peer        {ratio('3 peers', '1 peer'):.2f}x")
-    print(f"  16 sessions through 1 peer, all together / transformers   {ratio('1 peer x 16', 'transformers'):.1f}x")
-    print(f"  16 sessions through 3 peers, all together / transformers  {ratio('3 peers x 16', 'transformers'):.1f}x")
-    print(f"  all wrote the same tokens: {'yes' if same else 'NO'}")
+        spread = f"{min(values):.1f} - {max(values):.1f}"
+        print(f"  {name:<19} {statistics.median(values):8.1f}   {spread:>16}   {ratio(name, 'transformers'):.2f}x")
+    print(f"  3 peers / 1 peer: {ratio('3 peers', '1 peer'):.2f}x")
+    if "torch, 3 peers" in speeds:
+        print(f"  3 peers / 1 peer on torch: {ratio('torch, 3 peers', 'torch, 1 peer'):.2f}x")
+    print(f"  the same tokens in float32: {'no: ' + ', '.join(different) if different else 'yes'}")
 
 
 if __name__ == "__main__":
@@ -134,4 +180,5 @@ if __name__ == "__main__":
     options.add_argument("--rounds", type=int, default=5)
     options.add_argument("--prompt-tokens", type=int, default=64)
     options.add_argument("--new-tokens", type=int, default=128)
+    options.add_argument("--all", action="store_true", dest="everything")
     asyncio.run(main(**vars(options.parse_args())))
