@@ -49,6 +49,10 @@ Rows = Annotated[int, msgspec.Meta(ge=0, le=MAX_STEP_TOKENS)]
 Width = Annotated[int, msgspec.Meta(ge=1, le=MAX_HIDDEN)]
 Address = Annotated[str, msgspec.Meta(max_length=256)]
 Seconds = Annotated[float, msgspec.Meta(ge=0, le=86_400)]
+Spent = tuple[Count, Count]
+"""Microseconds that a step waited on one hop, and that the passes took which computed it there."""
+Trail = Annotated[tuple[Spent, ...], msgspec.Meta(max_length=4_096)] | msgspec.UnsetType
+"""What each hop has spent on a step so far, in their order. Not on the wire unless the session is traced."""
 
 
 class FrameError(ValueError):
@@ -114,6 +118,7 @@ class Open(Message, frozen=True, tag="open"):
     `tokens` is what the session expects to hold at most; the peer reserves room for it. Steps arrive on this
     stream, or on one that the peer `upstream` attaches. Output goes to `downstream`; where that is None it comes back
     on this stream: the last `keep` rows, or all of them when the client is to `relay` them to the next hop itself.
+    With `trace`, steps and results tell what each hop has spent on them.
     """
 
     session: Id
@@ -125,6 +130,7 @@ class Open(Message, frozen=True, tag="open"):
     upstream: Id | None = None
     downstream: NextHop | None = None
     relay: bool = False
+    trace: bool = False
 
 
 class Opened(Message, frozen=True, tag="opened"):
@@ -154,6 +160,7 @@ class Step(Message, frozen=True, tag="step"):
     keep: Count
     hidden: Tensor
     replay: Count = 0
+    spent: Trail = msgspec.UNSET
 
 
 class Result(Message, frozen=True, tag="result"):
@@ -161,6 +168,7 @@ class Result(Message, frozen=True, tag="result"):
 
     step: Count
     hidden: Tensor
+    spent: Trail = msgspec.UNSET
 
 
 class Reroute(Message, frozen=True, tag="reroute"):

@@ -55,6 +55,7 @@ indexes = st.integers(0, 2**20)
 addresses = st.lists(st.text(st.characters(exclude_categories=["Cs"]), max_size=256), max_size=16).map(tuple)
 contacts = st.builds(Contact, peer=ids, addresses=addresses)
 next_hops = st.none() | st.builds(NextHop, contact=contacts, session=ids)
+trails = st.just(msgspec.UNSET) | st.lists(st.tuples(counts, counts), max_size=5).map(tuple)
 sides = {"upstream": st.none() | ids, "downstream": next_hops, "relay": st.booleans()}
 tensors = st.builds(
     rows, st.integers(0, 7), st.integers(1, 5), st.sampled_from(sorted(ITEM_BYTES)), st.integers(0, 250)
@@ -68,12 +69,13 @@ by_type: dict[type, st.SearchStrategy[AnyMessage]] = {
         start=indexes,
         end=indexes,
         tokens=counts,
+        trace=st.booleans(),
         **sides,
     ),
     Opened: st.builds(Opened, kv_free_tokens=counts),
     Attach: st.builds(Attach, session=ids),
-    Step: st.builds(Step, step=counts, position=counts, keep=counts, hidden=tensors, replay=counts),
-    Result: st.builds(Result, step=counts, hidden=tensors),
+    Step: st.builds(Step, step=counts, position=counts, keep=counts, hidden=tensors, replay=counts, spent=trails),
+    Result: st.builds(Result, step=counts, hidden=tensors, spent=trails),
     Reroute: st.builds(Reroute, **sides),
     Replay: st.builds(Replay, step=counts, until=counts, chunk=st.integers(1, MAX_STEP_TOKENS), hops=counts),
     Failed: st.builds(
@@ -102,6 +104,12 @@ messages = st.one_of(by_type.values())
 @given(messages)
 def test_what_is_sent_arrives(message: AnyMessage) -> None:
     assert same(decode(encode(message)), message)
+
+
+def test_times_do_not_travel_unless_they_were_asked_for() -> None:
+    plain = encode(Result(step=3, hidden=rows(1)))
+    assert b"spent" not in plain
+    assert len(encode(Result(step=3, hidden=rows(1), spent=((5, 900), (7, 1_100))))) - len(plain) < 20
 
 
 def test_no_message_is_left_out_here() -> None:

@@ -11,9 +11,9 @@ from dataclasses import dataclass, field
 from llmasos.peer.runner import Chunk, Fault, Runner
 from llmasos.peer.scheduler import Scheduler, Slice
 from llmasos.span import Span
-from llmasos.wire import Tensor, join_rows
+from llmasos.wire import Spent, Tensor, join_rows
 
-Done = Callable[[Tensor | Fault], None]
+Done = Callable[[Tensor | Fault, Spent], None]
 
 
 @dataclass(slots=True)
@@ -23,7 +23,13 @@ class _Pending:
     span: Span
     hidden: Tensor
     done: Done
+    came_at: float
+    computed_s: float = 0.0
     parts: list[Tensor] = field(default_factory=list)
+
+    def spent(self, now: float) -> Spent:
+        """How long it waited and was computed, in microseconds."""
+        return round(1e6 * max(now - self.came_at - self.computed_s, 0.0)), round(1e6 * self.computed_s)
 
 
 class Engine:
@@ -40,12 +46,14 @@ class Engine:
         self._wake = asyncio.Event()
 
     def submit(self, session: str, span: Span, step: int, position: int, hidden: Tensor, done: Done) -> None:
-        """Queue a step of an admitted session; `done` is called with its rows, or with why there are none.
+        """Queue a step of an admitted session; `done` is called with its rows, or with why there are none, and with
+        the time that it took.
 
         Raises what `Scheduler.submit` raises.
         """
         self.scheduler.submit(session, step, position, hidden.tokens)
-        self._pending[session, step] = _Pending(span, hidden, done)
+        now = asyncio.get_running_loop().time()
+        self._pending[session, step] = _Pending(span, hidden, done, now)
         self._wake.set()
 
     def abandon(self, session: str) -> None:
@@ -66,6 +74,7 @@ class Engine:
 
     async def serve(self) -> None:
         """Run until cancelled."""
+        loop = asyncio.get_running_loop()
         while True:
             batch = self.scheduler.schedule()
             if not batch:
@@ -73,13 +82,15 @@ class Engine:
                 await self._wake.wait()
                 continue
             self._running = {piece.session for piece in batch}
+            begin = loop.time()
             results = await self.runner.run([self._chunk(piece) for piece in batch])
+            end = loop.time()
             self.passes += 1
             self.rows += sum(piece.tokens for piece in batch)
             self.scheduler.finish(batch)
             self._running = set()
             for piece, result in zip(batch, results, strict=True):
-                self._settle(piece, result)
+                self._settle(piece, result, begin, end)
             while self._leaving:
                 self.runner.release(self._leaving.pop())
 
@@ -88,20 +99,21 @@ class Engine:
         rows = pending.hidden.rows(piece.offset, piece.offset + piece.tokens)
         return Chunk(piece.session, pending.span, piece.position, rows)
 
-    def _settle(self, piece: Slice, result: Tensor | Fault) -> None:
+    def _settle(self, piece: Slice, result: Tensor | Fault, begin: float, end: float) -> None:
         """Hand a finished step to its session; a fault also ends the steps that were queued behind it."""
         pending = self._pending.get((piece.session, piece.step))
         if pending is None:
             return  # its session left while the pass ran
+        pending.computed_s += end - begin
         if isinstance(result, Fault):
             self.scheduler.abandon(piece.session)
             self._drop_steps(piece.session)
-            pending.done(result)
+            pending.done(result, pending.spent(end))
             return
         pending.parts.append(result)
         if piece.completes:
             del self._pending[piece.session, piece.step]
-            pending.done(join_rows(pending.parts))
+            pending.done(join_rows(pending.parts), pending.spent(end))
 
     def _drop_steps(self, session: str) -> None:
         for key in [key for key in self._pending if key[0] == session]:

@@ -10,6 +10,8 @@ import logging
 from collections import OrderedDict
 from dataclasses import dataclass
 
+from msgspec import UNSET
+
 from llmasos.config import MAX_PENDING_TOKENS, RECORDED_STEPS, SESSION_LEASE_S
 from llmasos.errors import ConnectionLostError, short_id
 from llmasos.history import History
@@ -32,8 +34,10 @@ from llmasos.wire import (
     Replay,
     Reroute,
     Result,
+    Spent,
     Step,
     Tensor,
+    Trail,
     encode,
 )
 
@@ -49,6 +53,7 @@ class _Output:
     keep: int
     replay: int
     rows: Tensor
+    spent: Trail
 
 
 class PeerSession:
@@ -61,6 +66,7 @@ class PeerSession:
         self.key = key
         self.span = Span(request.start, request.end)
         self.upstream = request.upstream
+        self._traced = request.trace
         self._client = client
         self._network = network
         self._engine = engine
@@ -123,8 +129,15 @@ class PeerSession:
             return
         number, position, keep, replay = step.step, step.position, step.keep, step.replay
 
-        def done(rows: Tensor | Fault) -> None:
-            self._finish(number, position, keep, replay, rows)
+        before = step.spent or ()
+
+        def done(rows: Tensor | Fault, spent: Spent) -> None:
+            if isinstance(rows, Fault):
+                self._fail(number, "bad_request" if rows.sender else "fault", rows.message)
+            else:
+                trail = (*before, spent) if self._traced else UNSET
+                self._finish(_Output(number, position, keep, replay, rows, trail))
+            self._room.set()
 
         try:
             self._engine.submit(self.key, self.span, number, position, step.hidden, done)
@@ -178,16 +191,12 @@ class PeerSession:
         linked = self._link.outbox.rows if self._link is not None else 0
         return self._engine.scheduler.queued_tokens_of(self.key) + linked + self._answers.rows
 
-    def _finish(self, number: int, position: int, keep: int, replay: int, rows: Tensor | Fault) -> None:
-        self._room.set()
-        if isinstance(rows, Fault):
-            self._fail(number, "bad_request" if rows.sender else "fault", rows.message)
-            return
-        self._outputs.write(position, rows)
-        output = self._record[number] = _Output(number, position, keep, replay, rows)
+    def _finish(self, output: _Output) -> None:
+        self._outputs.write(output.position, output.rows)
+        self._record[output.step] = output
         if len(self._record) > RECORDED_STEPS:
             self._record.popitem(last=False)
-        if number >= self._wanted_from:
+        if output.step >= self._wanted_from:
             self._send(output)
 
     def _fail(self, step: int, code: ErrorCode, message: str) -> None:
@@ -206,12 +215,13 @@ class PeerSession:
                     keep=output.keep,
                     hidden=rows,
                     replay=max(replay - 1, 0),
+                    spent=output.spent,
                 )
             )
             return
         if not self._relay or replay == 1:
             rows = rows.rows(max(rows.tokens - output.keep, 0), rows.tokens)
-        self.tell(Result(step=output.step, hidden=rows))
+        self.tell(Result(step=output.step, hidden=rows, spent=output.spent))
 
     def _link_to(self, target: NextHop | None) -> None:
         """Send onward to `target` from now on. What waits on the way to another one is dropped."""
