@@ -269,6 +269,12 @@ class AsyncLLMasOS:
         health, now = self._joined.health, self._network.now()
         return {peer: rtt_s for peer in health if (rtt_s := health.observed(peer, now).rtt_s) is not None}
 
+    def relayed(self) -> list[str]:
+        """The peers that can be reached through a relay only, by what they announce."""
+        view = self._joined.directory.view
+        records = [record for model in view.models() for record in view.peers(model)]
+        return sorted({record.peer for record in records if record.relayed})
+
     # --- below the surface -------------------------------------------------------------------------------------------
 
     async def _stream(self, request: GenerationRequest, model_name: str) -> AsyncIterator[str | Generation]:
@@ -285,8 +291,13 @@ class AsyncLLMasOS:
                 yield piece
 
     @asynccontextmanager
-    async def dialogue(self, model_name: str, kv_tokens: int, *, new_tokens: int = 1) -> AsyncIterator[Dialogue]:
-        """A session that may serve several turns: what a new prompt shares with the last is not computed again."""
+    async def dialogue(
+        self, model_name: str, kv_tokens: int, *, new_tokens: int = 1, on_event: OnEvent | None = None
+    ) -> AsyncIterator[Dialogue]:
+        """A session that may serve several turns: what a new prompt shares with the last is not computed again.
+
+        `on_event` hears of this session's events in the place of the client's own.
+        """
         router = self._joined
         assert self._network is not None
         spec = (await self.generator(model_name)).spec
@@ -301,7 +312,9 @@ class AsyncLLMasOS:
             dtype=self._config.dtype,
             quantization=self._config.quantization,
         )
-        async with Session(self._network, router, request, self._config, on_event=self._on_event) as session:
+        async with Session(
+            self._network, router, request, self._config, on_event=on_event or self._on_event
+        ) as session:
             yield Dialogue(session)
 
     async def generator(self, model_name: str) -> Generator:

@@ -152,6 +152,11 @@ class PeerRecord:
         """How full the peer is, 0 to 1, for people: its kv room or one second of queued work, whichever is fuller."""
         return max(self.kv_load, min(1.0, self.queue_seconds))
 
+    @property
+    def relayed(self) -> bool:
+        """Whether every address that it announces leads through a relay."""
+        return bool(self.addresses) and all("/p2p-circuit" in address for address in self.addresses)
+
     def age(self, now: float) -> float:
         """Seconds since the record was made; zero for one from a clock slightly ahead of ours."""
         return max(0.0, now - self.announced_at)

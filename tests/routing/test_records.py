@@ -52,6 +52,13 @@ def test_a_load_is_a_share(record: PeerRecord) -> None:
     assert 0.0 <= record.load <= 1.0
 
 
+def test_a_peer_is_relayed_when_no_address_is_its_own() -> None:
+    own, through = "/ip4/10.0.0.1/tcp/5/p2p/alice", "/ip4/10.0.0.9/tcp/5/p2p/relay/p2p-circuit/p2p/alice"
+    assert a_record("alice", addresses=(through,)).relayed
+    assert not a_record("alice", addresses=(through, own)).relayed
+    assert not a_record("alice", addresses=()).relayed
+
+
 def fields_of(record: PeerRecord) -> dict[str, Any]:
     fields: dict[str, Any] = json.loads(record.to_bytes())
     return fields
