@@ -76,6 +76,10 @@ class Network(Protocol):
         """How others reach this process."""
 
     @property
+    def multiaddr(self) -> str:
+        """What others pass to `join`; empty for a process that does not listen."""
+
+    @property
     def failed(self) -> asyncio.Event:
         """Set when this process has lost its place for good (its own p2p daemon died): every call raises from then."""
 
@@ -110,6 +114,10 @@ class Network(Protocol):
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None: ...
+
+
+Wrap = Callable[[Network], Network]
+"""Puts something between a process and its network, such as links that are slower than they are here."""
 
 
 async def call(network: Network, contact: Contact, protocol: str, frame: bytes, timeout_s: float) -> bytes:

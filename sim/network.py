@@ -225,7 +225,7 @@ class SimNetwork:
     @property
     def multiaddr(self) -> str:
         """What others pass to `join`."""
-        return f"{(self._contact.addresses or ('',))[0]}/p2p/{self._peer_id}"
+        return f"{self._contact.addresses[0]}/p2p/{self._peer_id}" if self._contact.addresses else ""
 
     def now(self) -> float:
         return asyncio.get_running_loop().time() + self.skew_s

@@ -1,10 +1,13 @@
 """python -m llmasos.peer: serve a range of a model's blocks; prints the multiaddr to join on stdout when ready."""
 
 from argparse import ArgumentParser, Namespace
+from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 from llmasos.config import NetworkConfig, PeerConfig
 from llmasos.console import parser, run, say, seconds, set_up_logging, whole
+from llmasos.network import Wrap
 from llmasos.span import Span
 
 EXAMPLE = """  python -m llmasos.peer --blocks 0:12                                    # start a swarm of your own
@@ -12,15 +15,15 @@ EXAMPLE = """  python -m llmasos.peer --blocks 0:12                             
   python -m llmasos.peer --blocks auto --model ./my-checkpoint --join …    # serve what the swarm needs most"""
 
 
-async def serve(args: Namespace) -> None:
-    """Serve until told to stop."""
+async def serve(args: Namespace, wrap: Wrap | None = None) -> None:
+    """Serve until told to stop, on what `wrap` makes of the network."""
     config = _config(args)
     if config.blocks != "auto":
         Span.parse(config.blocks)
     say(f"starting: {config.model}, blocks {config.blocks}")
     from llmasos.peer.serve import serve as serve_blocks  # torch: --help and wrong usage need not wait for it
 
-    await serve_blocks(config)
+    await serve_blocks(config, wrap)
 
 
 def _config(args: Namespace) -> PeerConfig:
@@ -75,14 +78,14 @@ def build_parser() -> ArgumentParser:
     return args
 
 
-def main() -> None:
-    """The command line."""
+def main(arguments: Sequence[str] | None = None, wrap: Wrap | None = None) -> None:
+    """The command line; see `serve`."""
     args = build_parser()
-    parsed = args.parse_args()
+    parsed = args.parse_args(arguments)
     if parsed.port > 65_535:
         args.error("--port: there are no ports above 65535")
     set_up_logging(debug=parsed.debug, form=parsed.log_format)
-    run(serve, parsed)
+    run(partial(serve, wrap=wrap), parsed)
 
 
 if __name__ == "__main__":

@@ -13,6 +13,7 @@ from llmasos.blocks.tensors import wire_dtype
 from llmasos.config import LEASE_S, MAX_AUTO_KV_TOKENS, PeerConfig
 from llmasos.console import progress, say, show, stop_signal
 from llmasos.errors import UsageError
+from llmasos.network import Network, Wrap
 from llmasos.p2p import P2PNetwork
 from llmasos.peer.handler import Served
 from llmasos.peer.peer import Peer
@@ -28,7 +29,7 @@ WEIGHTS_SHARE = 0.5
 """Of the free memory, for weights, under `--blocks auto`; the kv cache takes a quarter (see `_kv_tokens`)."""
 
 
-async def serve(config: PeerConfig) -> None:
+async def serve(config: PeerConfig, wrap: Wrap | None = None) -> None:
     """Load, join, announce, and serve until told to stop."""
     stop = stop_signal()
     # 1. What can be wrong without a network is found before anybody hears of us.
@@ -37,7 +38,8 @@ async def serve(config: PeerConfig) -> None:
     spec = await asyncio.to_thread(resolve, config.model)
     wanted = None if config.blocks == "auto" else _checked(Span.parse(config.blocks), spec)
     say(f"{spec.name}: {spec.blocks} blocks, hidden {spec.hidden_size}, family {spec.family}")
-    async with await P2PNetwork.create(config.network) as network:
+    direct = await P2PNetwork.create(config.network)
+    async with wrap(direct) if wrap is not None else direct as network:
         # 2. Where we serve.
         if config.network.join:
             await network.join(config.network.join)
@@ -63,7 +65,7 @@ class _Host:
     """Loads blocks from the checkpoint, and tells the user what goes on."""
 
     def __init__(
-        self, network: P2PNetwork, directory: Directory, load: Callable[..., DecoderBlocks], config: PeerConfig
+        self, network: Network, directory: Directory, load: Callable[..., DecoderBlocks], config: PeerConfig
     ) -> None:
         self._network = network
         self._directory = directory
@@ -107,7 +109,7 @@ def _checked(span: Span, spec: ModelSpec) -> Span:
 async def _choose(
     directory: Directory,
     spec: ModelSpec,
-    network: P2PNetwork,
+    network: Network,
     load: Callable[..., DecoderBlocks],
     config: PeerConfig,
     dtype: str,

@@ -1,4 +1,4 @@
-"""What every `Network` promises. One suite, two sides: memory and virtual time; libp2p daemons and a DHT.
+"""What every `Network` promises. One suite: memory and virtual time; the same behind injected links; libp2p and a DHT.
 
 A scenario gets a world with two peers that have met, and names of its own for protocols and topics. On the simulated
 side nothing here takes time; on the real side a scenario waits for events, and polls the registry with a deadline.
@@ -18,8 +18,10 @@ from llmasos.identity import Identity
 from llmasos.network import Network, Stream, call
 from llmasos.p2p import P2PNetwork
 from llmasos.wire import Contact
+from sim.links import LinkedNetwork, Links
 from sim.loop import run
 from sim.network import SimNetwork, SimSwarm
+from sim.stream import Link
 
 _numbers = itertools.count()
 
@@ -43,11 +45,27 @@ class SimWorld:
         self.swarm = SimSwarm(seed=7)
         self.a, self.b = self.swarm.network("a"), self.swarm.network("b")
 
-    async def network(self, *, listen: bool = True) -> SimNetwork:
+    async def network(self, *, listen: bool = True) -> Any:
         return self.swarm.network(f"more {next(_numbers)}", listen=listen)
 
     def kill(self, network: SimNetwork) -> None:
         self.swarm.kill(network.peer_id)
+
+
+class LinkedWorld(SimWorld):
+    """The same, each member behind links of its own."""
+
+    LINKS = Links(Link(latency_s=0.007, bytes_per_s=50e6))
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = self._linked(self.a), self._linked(self.b)
+
+    def _linked(self, network: SimNetwork) -> LinkedNetwork:
+        return LinkedNetwork(network, self.LINKS, asyncio.get_running_loop().time)
+
+    async def network(self, *, listen: bool = True) -> Any:
+        return self._linked(await super().network(listen=listen))
 
 
 class P2PWorld:
@@ -97,7 +115,7 @@ def p2p_world() -> Iterator[P2PWorld]:
 Play = Callable[[Callable[[World], Awaitable[None]]], None]
 
 
-@pytest.fixture(params=["sim", pytest.param("p2p", marks=pytest.mark.swarm)])
+@pytest.fixture(params=["sim", "linked", pytest.param("p2p", marks=pytest.mark.swarm)])
 def play(request: pytest.FixtureRequest) -> Play:
     """Plays a scenario in a world of either kind."""
     if request.param == "p2p":
@@ -105,7 +123,7 @@ def play(request: pytest.FixtureRequest) -> Play:
 
     def play_sim(scenario: Callable[[World], Awaitable[None]]) -> None:
         async def main() -> None:
-            await scenario(SimWorld())
+            await scenario(SimWorld() if request.param == "sim" else LinkedWorld())
 
         run(main())
 
