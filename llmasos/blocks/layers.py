@@ -18,8 +18,10 @@ from llmasos.blocks.linear import pack_linears, weight_bytes
 from llmasos.blocks.loading import Loader, Progress, left_on_meta
 from llmasos.blocks.quiet import quiet
 from llmasos.blocks.registry import ModelSpec
+from llmasos.blocks.tensors import from_torch, to_torch
 from llmasos.errors import UnsupportedModelError, UsageError
 from llmasos.span import Span
+from llmasos.wire import Tensor
 
 log = logging.getLogger(__name__)
 
@@ -35,6 +37,16 @@ class BlockChunk:
     span: Span
     position: int
     hidden: torch.Tensor  # (tokens, hidden)
+
+
+@dataclass(slots=True)
+class WireChunk:
+    """The same, with its rows as they travel."""
+
+    cache: SessionCache
+    span: Span
+    position: int
+    hidden: Tensor  # (tokens, hidden)
 
 
 class DecoderBlocks:
@@ -75,10 +87,7 @@ class DecoderBlocks:
 
         Raises UsageError for a chunk that does not fit; no cache has changed then, nor when anything else fails.
         """
-        for chunk in chunks:
-            self._check(chunk)
-        if len({id(chunk.cache) for chunk in chunks}) != len(chunks):
-            raise UsageError("a session has two chunks in one forward pass")
+        self._check(chunks)
         outputs = [chunk.hidden.new_empty(0, self.hidden_size) for chunk in chunks]
         groups: dict[Span, list[int]] = {}
         for index, chunk in enumerate(chunks):
@@ -95,9 +104,23 @@ class DecoderBlocks:
             chunk.cache.length += chunk.hidden.shape[0]
         return outputs
 
-    def _check(self, chunk: BlockChunk) -> None:
+    def forward_wire(self, chunks: Sequence[WireChunk]) -> list[Tensor]:
+        """`forward` for rows as they travel, in the numbers that the blocks take."""
+        given = [
+            BlockChunk(chunk.cache, chunk.span, chunk.position, to_torch(chunk.hidden).to(self.device))
+            for chunk in chunks
+        ]
+        return [from_torch(rows) for rows in self.forward(given)]
+
+    def _check(self, chunks: Sequence[BlockChunk] | Sequence[WireChunk]) -> None:
+        for chunk in chunks:
+            self._check_one(chunk)
+        if len({id(chunk.cache) for chunk in chunks}) != len(chunks):
+            raise UsageError("a session has two chunks in one forward pass")
+
+    def _check_one(self, chunk: BlockChunk | WireChunk) -> None:
         tokens = chunk.hidden.shape[0]
-        if chunk.hidden.dim() != 2 or chunk.hidden.shape[1] != self.hidden_size:
+        if len(chunk.hidden.shape) != 2 or chunk.hidden.shape[1] != self.hidden_size:
             raise UsageError(f"rows of shape {list(chunk.hidden.shape)} are not (tokens, {self.hidden_size})")
         if chunk.span not in self.span:
             raise UsageError(f"blocks {chunk.span} are not among the loaded blocks {self.span}")

@@ -15,8 +15,8 @@ import torch
 from llmasos.blocks.anatomy import MISFITS
 from llmasos.blocks.devices import DTYPES
 from llmasos.blocks.kv_cache import SessionCache
-from llmasos.blocks.layers import BlockChunk, DecoderBlocks
-from llmasos.blocks.tensors import from_torch, to_torch, wire_dtype
+from llmasos.blocks.layers import BlockChunk, DecoderBlocks, WireChunk
+from llmasos.blocks.tensors import is_finite, wire_dtype
 from llmasos.config import DType
 from llmasos.errors import LLMasOSError, UsageError
 from llmasos.peer.runner import Chunk, Fault, Speed
@@ -80,25 +80,11 @@ class TorchRunner:
     # --- on the compute thread -------------------------------------------------------------------------------------
 
     def _run(self, chunks: Sequence[Chunk]) -> list[Tensor | Fault]:
-        results: list[Tensor | Fault | None] = [None] * len(chunks)
-        ready: list[int] = []
-        prepared: list[BlockChunk] = []
-        for index, chunk in enumerate(chunks):
-            admitted = self._prepare(chunk)
-            if isinstance(admitted, Fault):
-                results[index] = admitted
-            else:
-                ready.append(index)
-                prepared.append(admitted)
-        for index, block_chunk, output in zip(ready, prepared, self._forward(prepared), strict=True):
-            if isinstance(output, Fault):
-                block_chunk.cache.truncate(chunks[index].position)
-                results[index] = output
-            else:
-                results[index] = from_torch(output)
-        return [result for result in results if result is not None]
+        prepared = [self._prepare(chunk) for chunk in chunks]
+        outputs = iter(self._forward([chunk for chunk in prepared if isinstance(chunk, WireChunk)]))
+        return [next(outputs) if isinstance(chunk, WireChunk) else chunk for chunk in prepared]
 
-    def _prepare(self, chunk: Chunk) -> BlockChunk | Fault:
+    def _prepare(self, chunk: Chunk) -> WireChunk | Fault:
         """Check a chunk, and bring its cache to where it begins."""
         cache = self._caches.get(chunk.session)
         if cache is None:
@@ -109,25 +95,31 @@ class TorchRunner:
         if chunk.hidden.dtype != self._dtype or chunk.hidden.hidden != self.hidden_size:
             expected = f"{self._dtype} rows of {self.hidden_size}"
             return Fault(f"expected {expected}, got {chunk.hidden.dtype} rows of {chunk.hidden.hidden}", sender=True)
-        hidden = to_torch(chunk.hidden)
-        if not torch.isfinite(hidden).all():
-            return Fault("the activations hold NaN or infinity", sender=True)
-        return BlockChunk(cache, chunk.span, chunk.position, hidden.to(self._blocks.device))
+        return WireChunk(cache, chunk.span, chunk.position, chunk.hidden)
 
-    def _forward(self, chunks: list[BlockChunk]) -> list[torch.Tensor | Fault]:
+    def _forward(self, chunks: list[WireChunk]) -> list[Tensor | Fault]:
         """One pass. When it fails as a whole, each chunk is tried alone, so that only the guilty session fails."""
         if not chunks:
             return []
         try:
-            outputs = self._blocks.forward(chunks)
+            outputs = self._blocks.forward_wire(chunks)
         except (LLMasOSError, *MISFITS) as error:
-            if len(chunks) == 1:
-                return [Fault(f"the blocks failed: {error}", sender=isinstance(error, UsageError))]
             for chunk in chunks:
                 chunk.cache.truncate(chunk.position)
+            if len(chunks) == 1:
+                return [
+                    self._poisoned(chunks[0]) or Fault(f"the blocks failed: {error}", isinstance(error, UsageError))
+                ]
             return [self._forward([chunk])[0] for chunk in chunks]
-        overflow = Fault(f"the activations overflowed {self._dtype}", sender=False)
-        return [output if torch.isfinite(output).all() else overflow for output in outputs]
+        return [rows if is_finite(rows) else self._overflow(chunk) for chunk, rows in zip(chunks, outputs, strict=True)]
+
+    def _overflow(self, chunk: WireChunk) -> Fault:
+        """Why rows came out that are not finite. Whatever goes in comes out again, so only then is it looked at."""
+        chunk.cache.truncate(chunk.position)
+        return self._poisoned(chunk) or Fault(f"the activations overflowed {self._dtype}", sender=False)
+
+    def _poisoned(self, chunk: WireChunk) -> Fault | None:
+        return None if is_finite(chunk.hidden) else Fault("the activations hold NaN or infinity", sender=True)
 
     def _measure(self) -> Speed:
         one, many = self._time_pass(1), self._time_pass(PROBE_ROWS)

@@ -1,6 +1,7 @@
 """The compiled kernels against the same arithmetic written in torch, in float64."""
 
 import gc
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -202,3 +203,18 @@ def test_a_cache_may_outlive_whoever_made_it() -> None:
     cache = Recipe().stack().new_cache()
     gc.collect()
     assert cache.nbytes == 0
+
+
+def test_memory_goes_back_to_the_system() -> None:
+    def resident() -> int:
+        fields = Path("/proc/self/status").read_text().split("VmRSS:")[1].split()
+        return int(fields[0]) * 1024
+
+    size = 24 * 2**20
+    before = resident()
+    matrices = [Matrix("float32", np.ones((2048, size // 8192), np.float32)) for _ in range(4)]
+    held = resident() - before
+    del matrices
+    gc.collect()
+    assert held > 3.9 * size
+    assert resident() - before < 0.5 * size

@@ -1,15 +1,22 @@
 """Decoder blocks that the compiled library runs. To whoever serves them they are blocks like all others."""
 
+from collections.abc import Sequence
+from itertools import accumulate
+
+import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from llmasos.blocks.anatomy import Anatomy
 from llmasos.blocks.chain import Chain
 from llmasos.blocks.kv_cache import SessionCache
-from llmasos.blocks.layers import BlockChunk, DecoderBlocks
+from llmasos.blocks.layers import BlockChunk, DecoderBlocks, WireChunk
 from llmasos.blocks.native.angles import Angles
 from llmasos.blocks.native.stack import Cache, Stack
 from llmasos.blocks.registry import ModelSpec
+from llmasos.blocks.tensors import from_floats, to_floats
 from llmasos.span import Span
+from llmasos.wire import Tensor
 
 
 class NativeCache(SessionCache):
@@ -67,18 +74,44 @@ class NativeBlocks(DecoderBlocks):
         """An empty kv cache for one session on these blocks, or on a part of them."""
         return NativeCache(self.span, self._stack)
 
+    def forward_wire(self, chunks: Sequence[WireChunk]) -> list[Tensor]:
+        """`forward` for rows as they travel. Nothing of torch stands in the way of a step."""
+        spans = {chunk.span for chunk in chunks}
+        if len(spans) != 1 or not all(chunk.hidden.tokens for chunk in chunks):
+            return super().forward_wire(chunks)
+        self._check(chunks)
+        rows = to_floats([chunk.hidden for chunk in chunks])
+        for chunk in chunks:
+            chunk.cache.span = chunk.span
+        self._compute(spans.pop(), chunks, rows)
+        for chunk in chunks:
+            chunk.cache.length += chunk.hidden.tokens
+        if len(chunks) == 1:
+            return [from_floats(rows, chunks[0].hidden.dtype)]
+        # Copies: whoever keeps one session's rows must not keep the whole batch alive.
+        ends = accumulate(chunk.hidden.tokens for chunk in chunks)
+        return [
+            from_floats(rows[end - chunk.hidden.tokens : end].copy(), chunk.hidden.dtype)
+            for chunk, end in zip(chunks, ends, strict=True)
+        ]
+
     def _run_packed(self, span: Span, chunks: list[BlockChunk]) -> list[torch.Tensor]:
         """All chunks in one forward pass."""
         rows = torch.cat([chunk.hidden.to(torch.float32) for chunk in chunks])  # (rows, hidden), memory of its own
-        self._angles.cover(max(chunk.position + len(chunk.hidden) for chunk in chunks))
-        first = span.start - self.span.start
-        placed = [(_pages(chunk.cache), chunk.position, len(chunk.hidden)) for chunk in chunks]
-        self._stack.forward(first, first + len(span), placed, rows.numpy())
+        self._compute(span, chunks, rows.numpy())
         rows = rows.to(self.torch_dtype)
         if len(chunks) == 1:
             return [rows]
-        # Copies: whoever keeps one session's rows must not keep the whole batch alive.
         return [part.clone() for part in torch.split(rows, [len(chunk.hidden) for chunk in chunks])]
+
+    def _compute(
+        self, span: Span, chunks: Sequence[BlockChunk] | Sequence[WireChunk], rows: NDArray[np.float32]
+    ) -> None:
+        """Run the rows of all chunks, (tokens, hidden), through `span` in place."""
+        placed = [(_pages(chunk.cache), chunk.position, chunk.hidden.shape[0]) for chunk in chunks]
+        self._angles.cover(max(position + tokens for _, position, tokens in placed))
+        first = span.start - self.span.start
+        self._stack.forward(first, first + len(span), placed, rows)
 
 
 def _pages(cache: SessionCache) -> Cache:

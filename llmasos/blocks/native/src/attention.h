@@ -1,8 +1,9 @@
 // Attention of a few queries of one session over its pages, in one sweep with a running maximum.
 //
 // Laws:
-// - Pages lie at fixed positions, and a page is always summed as a whole: keys that a query must not see have weight
-//   zero. So neither the number of queries in the job nor how the prompt came in changes the order of any sum.
+// - Pages lie at fixed positions, and a page is always summed in the order of its positions: keys that a query must not
+//   see have weight zero, and to add zero changes no sum. So neither the number of queries in the job nor how the prompt
+//   came in changes the order of any sum, and what no query of the job sees need not be read.
 // - What lies in a page behind the last position is finite (zeros, or what was there before).
 // - A page that a query does not see at all leaves its sums as they are, bit for bit.
 #pragma once
@@ -53,19 +54,22 @@ void attend(const AttentionJob& job) {
     float* scores = query + TILE_ROWS * padded;  // (n, PAGE_TOKENS)
     float* sums = scores + TILE_ROWS * PAGE_TOKENS;  // (n, padded)
     float maximum[TILE_ROWS], total[TILE_ROWS];
-    int64_t first = job.position[0];
+    int64_t first = job.position[0], last = first;
     for (int i = 0; i < n; i++) {
         memcpy(query + i * padded, job.query[i], sizeof(float) * (size_t)width);
         maximum[i] = NOTHING_YET;
         total[i] = 0.0f;
         if (job.position[i] < first) first = job.position[i];
+        if (job.position[i] > last) last = job.position[i];
     }
     memset(sums, 0, sizeof(float) * (size_t)(n * padded));
     first = first - job.window + 1 > 0 ? first - job.window + 1 : 0;
-    for (int64_t page = first / PAGE_TOKENS; page <= job.position[0] / PAGE_TOKENS; page++) {
+    for (int64_t page = first / PAGE_TOKENS; page <= last / PAGE_TOKENS; page++) {
+        const int64_t behind = last + 1 - page * PAGE_TOKENS;
+        const int seen = behind < PAGE_TOKENS ? (int)behind : PAGE_TOKENS;
         memset(scores, 0, sizeof(float) * (size_t)(n * PAGE_TOKENS));
         product({query, padded, job.pages[page] + job.keys_at, PAGE_TOKENS, PANEL, width, scores, PAGE_TOKENS}, n,
-                PAGE_TOKENS / LANES);
+                (seen + LANES - 1) / LANES);
         for (int i = 0; i < n; i++) {
             const int64_t start = page * PAGE_TOKENS, newest = job.position[i], oldest = newest - job.window + 1;
             const int64_t from = oldest > start ? oldest - start : 0, to = newest + 1 - start;
@@ -74,8 +78,7 @@ void attend(const AttentionJob& job) {
             for (int v = 0; v < vecs; v++)
                 store(sums + i * padded + v * LANES, mul(load(sums + i * padded + v * LANES), fill(factor)));
         }
-        product({scores, PAGE_TOKENS, job.pages[page] + job.values_at, padded, PANEL, PAGE_TOKENS, sums, padded}, n,
-                vecs);
+        product({scores, PAGE_TOKENS, job.pages[page] + job.values_at, padded, PANEL, seen, sums, padded}, n, vecs);
     }
     for (int i = 0; i < n; i++) {
         const Vec inverse = fill(1.0f / total[i]);

@@ -1,7 +1,10 @@
 #include "memory.h"
 
+#include <cstdint>
 #include <cstdlib>
 #include <cstring>
+#include <map>
+#include <mutex>
 #include <new>
 
 #if defined(__linux__)
@@ -11,22 +14,92 @@
 namespace llmasos {
 
 namespace {
+
 constexpr size_t HUGE_PAGE = size_t{2} << 20;
+#if defined(__SANITIZE_ADDRESS__)
+constexpr size_t REGION = 0;  // every block a region of its own, so that the sanitizer sees its ends
+#else
+constexpr size_t REGION = size_t{32} << 20;
+#endif
+
+struct Region {
+    uint8_t* base;
+    size_t size, used, live;  // bytes, bytes given out once, blocks that are not released
+};
+
+// In front of every block; as long as ALIGNMENT.
+struct alignas(ALIGNMENT) Header {
+    Region* region;
+    size_t bytes;  // of the block, this header included
+    Header* next;  // while it is unused
+};
+
+std::mutex mutex;
+Region* current = nullptr;          // the one that new blocks are cut from
+std::map<size_t, Header*> unused;  // released blocks of regions that still live, by size
+
+Region* make_region(size_t bytes) {
+    // Few blocks are no reason to take a huge page: small models would pay for air.
+    const size_t alignment = bytes >= HUGE_PAGE ? HUGE_PAGE : ALIGNMENT;
+    void* memory = nullptr;
+    if (posix_memalign(&memory, alignment, bytes) != 0) throw std::bad_alloc();
+#if defined(__linux__)
+    if (alignment == HUGE_PAGE) madvise(memory, bytes, MADV_HUGEPAGE);  // advice: a kernel without them goes on
+#endif
+    return new Region{static_cast<uint8_t*>(memory), bytes, 0, 0};
 }
+
+Header* cut(Region* region, size_t bytes) {
+    auto* header = new (region->base + region->used) Header{region, bytes, nullptr};
+    region->used += bytes;
+    return header;
+}
+
+Header* find(size_t bytes) {
+    Header*& first = unused[bytes];  // made here, where there may be no memory for it, and not when a block is released
+    if (Header* header = first) {
+        first = header->next;
+        return header;
+    }
+    if (bytes > REGION / 4) return cut(make_region(bytes), bytes);
+    if (!current || current->size - current->used < bytes) current = make_region(REGION);
+    return cut(current, bytes);
+}
+
+void give_back(Region* region) {
+    if (region == current) current = nullptr;
+    for (auto& [bytes, first] : unused)
+        for (Header** link = &first; *link;)
+            if ((*link)->region == region)
+                *link = (*link)->next;
+            else
+                link = &(*link)->next;
+    std::free(region->base);
+    delete region;
+}
+
+}  // namespace
 
 void* allocate(size_t bytes) {
-    // Huge pages only from four of them on: the last one is not filled, and small models would pay for air.
-    const size_t alignment = bytes >= 4 * HUGE_PAGE ? HUGE_PAGE : ALIGNMENT;
-    const size_t rounded = (bytes + ALIGNMENT - 1) / ALIGNMENT * ALIGNMENT;
-    void* memory = nullptr;
-    if (posix_memalign(&memory, alignment, rounded ? rounded : ALIGNMENT) != 0) throw std::bad_alloc();
-#if defined(__linux__)
-    if (alignment == HUGE_PAGE) madvise(memory, rounded, MADV_HUGEPAGE);  // advice: a kernel without them goes on
-#endif
-    std::memset(memory, 0, rounded);
-    return memory;
+    const size_t rounded = sizeof(Header) + (bytes + ALIGNMENT - 1) / ALIGNMENT * ALIGNMENT;
+    Header* header;
+    {
+        std::lock_guard<std::mutex> lock(mutex);
+        header = find(rounded);
+        header->region->live++;
+    }
+    std::memset(header + 1, 0, rounded - sizeof(Header));
+    return header + 1;
 }
 
-void release(void* memory) noexcept { std::free(memory); }
+void release(void* memory) noexcept {
+    if (!memory) return;
+    Header* header = static_cast<Header*>(memory) - 1;
+    std::lock_guard<std::mutex> lock(mutex);
+    if (--header->region->live == 0) return give_back(header->region);
+    Header*& first = unused[header->bytes];
+    header->next = first;
+    first = header;
+}
 
 }  // namespace llmasos

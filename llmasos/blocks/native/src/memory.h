@@ -1,4 +1,10 @@
-// Aligned memory that asks for huge pages where it is large: weights are read from end to end for every token.
+// Memory for weights and kv, in huge pages: both are read from end to end for every token, and with pages of 4 KiB the
+// processor spends up to half of that time on finding them (docs/log.md).
+//
+// Laws:
+// - What is allocated is zeroed and aligned to ALIGNMENT. Any thread may allocate and release.
+// - Blocks come out of regions. A released block is reused for one of the same size, which is what kv pages are; a
+//   region goes back to the system when its last block is released.
 #pragma once
 
 #include <cstddef>
@@ -7,8 +13,9 @@ namespace llmasos {
 
 constexpr size_t ALIGNMENT = 64;  // a cache line, and an AVX-512 register
 
-// Zeroed, aligned to ALIGNMENT. Throws std::bad_alloc. A size of 0 gives a pointer that may be freed.
+// Throws std::bad_alloc. A size of 0 gives a pointer that may be released.
 void* allocate(size_t bytes);
+// Null is allowed.
 void release(void* memory) noexcept;
 
 }  // namespace llmasos

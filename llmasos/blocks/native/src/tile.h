@@ -42,10 +42,12 @@ void float_tile(const TileJob& t) {
     const float* x = t.x;
     for (int k = 0; k < t.inner; k++, w += t.w_stride, x++) {
         Vec row[VECS];
-        prefetch(w + 512);
-        if (VECS > 1) prefetch(w + 512 + LANES);
 #pragma GCC unroll 8
-        for (int v = 0; v < VECS; v++) row[v] = load(w + v / 2 * t.panel_stride + v % 2 * LANES);
+        for (int v = 0; v < VECS; v++) {
+            const float* vec = w + v / 2 * t.panel_stride + v % 2 * LANES;
+            prefetch(vec + 512);
+            row[v] = load(vec);
+        }
 #pragma GCC unroll 12
         for (int i = 0; i < ROWS; i++) {
             const Vec factor = fill(x[i * t.x_stride]);
