@@ -175,13 +175,13 @@ class LinkedNetwork:
     async def connect(self, contact: Contact, protocol: str) -> Stream:
         latency_s = self._links.to(PeerId(contact.peer)).latency_s
         await asyncio.sleep(latency_s)
-        stream = await self._inner.connect(contact, protocol)
+        stream = self._wrap(await self._inner.connect(contact, protocol))
         try:
             await asyncio.sleep(latency_s)
         except asyncio.CancelledError:
             await stream.close()
             raise
-        return self._wrap(stream)
+        return stream
 
     async def publish(self, topic: str, value: bytes, lease_s: float) -> bool:
         await self._ask_somebody()
