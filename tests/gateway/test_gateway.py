@@ -244,6 +244,7 @@ async def test_a_peer_lost_in_mid_stream_is_replaced_or_told(tiny: ModelSpec) ->
         (failover,) = (await (await served.http.get("/api/activity")).json())["failovers"]
         assert len(failover["lost"]) == 1
         assert failover["lost"][0] not in failover["now"]
+        assert failover["lost"][0]["peer"][-8:] in failover["why"]
 
 
 async def crash(peers: list[Peer], which: str, served: Served) -> None:
