@@ -24,6 +24,7 @@ from llmasos.client.gateway_admission import Admission
 from llmasos.client.gateway_answer import Answer
 from llmasos.client.gateway_door import ID, KEY, Door
 from llmasos.client.gateway_keys import load_keys
+from llmasos.client.gateway_listen import Runner
 from llmasos.client.gateway_metrics import Metrics
 from llmasos.client.gateway_openapi import document
 from llmasos.client.gateway_texts import Prompt, Texts
@@ -282,9 +283,7 @@ class Gateway:
 
 async def serve(client: AsyncLLMasOS, config: GatewayConfig) -> web.AppRunner:
     """Listen. The caller ends it with `cleanup()`. Raises UsageError for a port that is taken."""
-    runner = web.AppRunner(
-        Gateway(client, config).app(), handler_cancellation=True, access_log=None, shutdown_timeout=5.0
-    )
+    runner = Runner(Gateway(client, config).app())
     await runner.setup()
     try:
         await web.TCPSite(runner, config.host, config.port).start()

@@ -2,21 +2,33 @@
 
 import asyncio
 import json
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable
 from io import BytesIO
 from typing import Any
 
 import pytest
 import torch
+from yarl import URL
 
 from llmasos.blocks.registry import ModelSpec
+from llmasos.client.gateway import serve as serve_http
 from llmasos.client.token_bytes import TokenBytes
+from llmasos.config import GatewayConfig
 from llmasos.peer.peer import Peer
 from tests.gateway.conftest import SPANS, Served, folder_of, read_events, serve
 
 HELLO = {"model": "tiny", "messages": [{"role": "user", "content": "hello"}], "max_tokens": 12, "seed": 3}
 GO_ON = {"model": "tiny", "prompt": "ab", "max_tokens": 9, "seed": 3}
 CHAT, COMPLETIONS = "/v1/chat/completions", "/v1/completions"
+
+
+@pytest.fixture
+async def listening(tiny_gateway: Served) -> AsyncIterator[str]:
+    """The address of a gateway as `llmasos gateway` starts it."""
+    runner = await serve_http(tiny_gateway.client, GatewayConfig(port=0))
+    host, port = runner.addresses[0][:2]
+    yield f"http://{host}:{port}"
+    await runner.cleanup()
 
 
 def error_of(body: dict[str, Any]) -> dict[str, Any]:
@@ -203,6 +215,36 @@ async def test_errors_of_http_itself_are_json(tiny_gateway: Served) -> None:
     named = await http.get("/health", headers={"x-request-id": "mine-7"})
     assert named.headers["x-request-id"] == "mine-7"
     assert "Access-Control-Allow-Origin" not in named.headers
+
+
+@pytest.mark.parametrize(
+    ("raw", "status"),
+    [
+        (b"GET /health HTTP/1.1\r\nHost: x\r\nX-Long: " + b"a" * 9_000 + b"\r\n\r\n", 431),
+        (b"GET /" + b"a" * 9_000 + b" HTTP/1.1\r\nHost: x\r\n\r\n", 431),
+        (b"GET /health HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer SECRET\x01\r\n\r\n", 400),
+        (b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\r\n\r\n", 400),
+        (b"POST /tokenize HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+         b"Content-Encoding: gzip\r\nContent-Length: 2\r\n\r\n{}", 400),
+    ],
+    ids=["header", "line", "key", "tls", "gzip"],
+)  # fmt: skip
+async def test_what_is_no_request_is_refused_as_json(
+    raw: bytes, status: int, listening: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    url = URL(listening)
+    assert url.host is not None
+    reader, writer = await asyncio.open_connection(url.host, url.port)
+    writer.write(raw + b"GET")  # what comes behind it is not read
+    head = (await reader.readuntil(b"\r\n\r\n")).decode().lower()
+    length = int(head.partition("content-length: ")[2].partition("\r")[0])
+    error_of(json.loads(await reader.readexactly(length)))
+    assert int(head.split()[1]) == status
+    assert "content-type: application/json" in head
+    assert "x-request-id: req_" in head
+    assert "SECRET" not in caplog.text
+    writer.close()
+    await writer.wait_closed()
 
 
 async def until(condition: Callable[[], bool]) -> None:
