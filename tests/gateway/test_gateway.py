@@ -297,6 +297,35 @@ async def crash(peers: list[Peer], which: str, served: Served) -> None:
     peer.network.die("killed")  # type: ignore[attr-defined]
 
 
+async def test_a_silent_stream_is_kept_alive(tiny: ModelSpec) -> None:
+    """By comments, which change nothing of what is said."""
+    body = {**HELLO, "max_tokens": 40, "logit_bias": {"2": -100}}
+    async with serve(tiny, source=folder_of(tiny), keep_alive_s=0.05) as served:
+        _, whole = await served.post(CHAT, body)
+        answer = await served.http.post(CHAT, json={**body, "stream": True})
+        raw = await answer.content.readuntil(b"\n\n")
+        network = served.peers[0].network
+        network.swarm.hang(network.peer_id)  # type: ignore[attr-defined]
+        while b": still at it" not in raw:
+            raw += await answer.content.readuntil(b"\n\n")
+        network.swarm.heal()  # type: ignore[attr-defined]
+        stream = read_events(raw + await answer.read())
+        assert stream.done
+        assert stream.text() == whole["choices"][0]["message"]["content"]
+        assert "still at it" in stream.comments
+
+
+async def test_a_stream_never_holds_half_a_character(tiny_gateway: Served) -> None:
+    """The model writes single bytes; the schema makes it write characters of two, three and four of them."""
+    said = "ä漢🦊"
+    schema = {"type": "object", "properties": {"a": {"const": said}}, "required": ["a"], "additionalProperties": False}
+    form = {"type": "json_schema", "json_schema": {"name": "x", "schema": schema}}
+    stream = await tiny_gateway.stream(CHAT, {**HELLO, "max_tokens": 60, "response_format": form})
+    pieces = [chunk["choices"][0]["delta"].get("content") or "" for chunk in stream.chunks]
+    assert set(said) <= set(pieces)
+    assert json.loads("".join(pieces)) == {"a": said}
+
+
 async def test_a_failure_in_mid_stream_is_an_event(tiny: ModelSpec) -> None:
     from llmasos.config import ClientConfig
 
