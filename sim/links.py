@@ -120,6 +120,11 @@ class LinkPlan:
             if name not in known:
                 raise UsageError(f"there is no {name} to link", hint=f"there are {', '.join(known)}")
 
+    def among(self, names: Iterable[str]) -> "LinkPlan":
+        """What is left of it in a swarm of these peers."""
+        known = {*names, CLIENT}
+        return LinkPlan(self.default, {ends: link for ends, link in self.pairs.items() if ends <= known})
+
     def links_of(self, name: str, ids: Mapping[str, PeerId]) -> Links:
         """The links of one process, by the ids of the others."""
         ends = {frozenset((name, other)): peer for other, peer in ids.items() if other != name}
