@@ -154,14 +154,14 @@ class Gateway:
             echo=echo,
             new_tokens=new_tokens,
             on_failover=self.watch.failed_over,
+            trace=request.headers.get("x-llmasos-trace", ""),
         )
-        trace = request.headers.get("x-llmasos-trace") == "1"
         name = f"{request[ID]}.{head.id[-6:]}"
         async with self.admission.enter(request[KEY], texts.count):
             self.watch.texts[name] = texts
             try:
                 async with texts:
-                    answer = Answer(texts, head, self._config, self.metrics, calls=calls, trace=trace)
+                    answer = Answer(texts, head, self._config, self.metrics, calls=calls)
                     if options.stream:
                         return await answer.as_stream(request, self._door.headers(request))
                     return web.json_response(await answer.in_one_piece())

@@ -16,6 +16,7 @@ from llmasos.client.generate import Dialogue, Generation, GenerationRequest, Gen
 from llmasos.client.openai_answers import TokenScore
 from llmasos.client.openai_api import Options
 from llmasos.client.token_bytes import TokenBytes, offsets_of
+from llmasos.client.trace import StepTime
 from llmasos.errors import LLMasOSError
 
 log = logging.getLogger(__name__)
@@ -74,6 +75,12 @@ class Live:
         waiting = self.dialogue.session.waiting if self.dialogue is not None else None
         return str(waiting) if waiting is not None else None
 
+    @property
+    def last_step(self) -> StepTime | None:
+        """What its latest step took on each hop."""
+        tracer = self.dialogue.session.tracer if self.dialogue is not None else None
+        return tracer.last() if tracer is not None else None
+
     def hear(self, event: SessionEvent) -> None:
         """What its session says beside the text."""
         if isinstance(event, Rerouted):
@@ -97,6 +104,8 @@ class Texts:
     echo: bool
     new_tokens: Sequence[int]
     on_failover: Callable[[Live, list[dict[str, str]]], None]
+    trace: str = ""
+    """What the client wants to be told beside its texts: 1 for where the time went, route for how each came to be."""
     live: dict[int, Live] = field(default_factory=dict)
     _events: asyncio.Queue[Event] = field(default_factory=lambda: asyncio.Queue(EVENTS_AHEAD))
     _tasks: list[asyncio.Task[None]] = field(default_factory=list)
@@ -173,7 +182,7 @@ class Texts:
         try:
             async with (
                 self.client.dialogue(
-                    self.source, kv_tokens, new_tokens=max(new_tokens, 1), on_event=live.hear
+                    self.source, kv_tokens, new_tokens=max(new_tokens, 1), on_event=live.hear, trace=True
                 ) as dialogue,
                 aclosing(self.generator.events(request, dialogue, prompt.ids, new_tokens)) as events,
             ):
@@ -214,4 +223,5 @@ class Texts:
             logprobs=options.logprobs,
             score_prompt=self.echo and options.logprobs is not None,
             json_schema=options.json_schema,
+            trace=self.trace == "1",
         )

@@ -4,6 +4,7 @@ import asyncio
 import logging
 import time
 from collections import deque
+from dataclasses import asdict
 from typing import Any
 
 from llmasos.client.async_client import AsyncLLMasOS
@@ -80,6 +81,7 @@ class Watch:
                 "failovers": live.failovers,
                 "waiting": live.waiting,
                 "route": live.route,
+                "hops": [asdict(hop) for hop in step.hops] if (step := live.last_step) is not None else [],
             }
             for request, texts in self.texts.items()
             for index, live in texts.live.items()

@@ -5,7 +5,7 @@ compared with another machine's: what no hop accounts for is the network's. How 
 is reckoned from the round trips of pings; for a route of one hop there is nothing to divide.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
@@ -86,6 +86,10 @@ class Tracer:
         taken = _Taken(flight.sent_at, self._clock(), flight.position, flight.tokens, route, result.spent or ())
         self._taken.append(taken)
 
+    def last(self) -> StepTime | None:
+        """The latest step."""
+        return self._step(self._taken[-1]) if self._taken else None
+
     def trace(self) -> Trace:
         """What has been taken down of the text so far."""
         steps = tuple(self._step(taken) for taken in self._taken)
@@ -130,6 +134,16 @@ def _sums(steps: Sequence[StepTime]) -> tuple[HopTime, ...]:
                 known.network_ms + hop.network_ms,
             )
     return tuple(found.values())
+
+
+def trace_from_json(found: Mapping[str, Any]) -> Trace:
+    """A trace that has been through JSON."""
+    steps = (StepTime(**{**step, "hops": _hops(step["hops"])}) for step in found["steps"])
+    return Trace(found["total_ms"], _hops(found["hops"]), tuple(steps))
+
+
+def _hops(found: Sequence[Mapping[str, Any]]) -> tuple[HopTime, ...]:
+    return tuple(HopTime(**hop) for hop in found)
 
 
 def chrome_trace(trace: Trace) -> dict[str, Any]:

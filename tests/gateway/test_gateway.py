@@ -336,6 +336,29 @@ async def test_a_failure_in_mid_stream_is_an_event(tiny: ModelSpec) -> None:
         first = await answer.content.readuntil(b"\n\n")
         await crash(served.peers, "used", served)
         stream = read_events(first + await answer.read())
+def adds_up(trace: dict[str, Any]) -> None:
+    told_ms = sum(hop[part] for hop in trace["hops"] for part in ("queue_ms", "compute_ms", "network_ms"))
+    assert trace["total_ms"] == pytest.approx(told_ms)
+    assert trace["total_ms"] == pytest.approx(sum(step["total_ms"] for step in trace["steps"]))
+    assert all(hop["compute_ms"] > 0 for hop in trace["hops"])
+
+
+async def test_the_trace_tells_where_the_time_went(tiny_gateway: Served) -> None:
+    body = HELLO | {"n": 2, "seed": 3}
+    answer = await tiny_gateway.http.post(CHAT, json=body, headers={"x-llmasos-trace": "1"})
+    whole = await answer.json()
+    assert len(whole["llmasos_trace"]) == 2
+    for trace, text in zip(whole["llmasos_trace"], whole["llmasos"]["texts"], strict=True):
+        adds_up(trace)
+        assert [hop["blocks"] for hop in trace["hops"]] == SPANS
+        assert sum(step["tokens"] for step in trace["steps"]) >= text["prompt_tokens"] + text["completion_tokens"] - 1
+    stream = await tiny_gateway.stream(CHAT, HELLO, **{"x-llmasos-trace": "1"})
+    (told,) = [chunk["llmasos_trace"] for chunk in stream.chunks if "llmasos_trace" in chunk]
+    adds_up(told[0])
+    plain = await tiny_gateway.http.post(CHAT, json=HELLO)
+    assert not [name for name in await plain.json() if name.startswith("llmasos")]
+
+
         assert not stream.done
         assert error_of(stream.chunks[-1])["code"] == "missing_blocks"
 
@@ -345,6 +368,7 @@ async def test_the_trace_tells_the_route(tiny_gateway: Served) -> None:
     (text,) = (await answer.json())["llmasos"]["texts"]
     assert [hop["blocks"] for hop in text["route"]] == SPANS
     assert len(text["token_ids"]) == text["completion_tokens"]
+        'llmasos_hop_seconds_count{part="compute"} 2.0',
 
 
 async def test_what_is_counted(tiny_gateway: Served) -> None:
