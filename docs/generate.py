@@ -112,8 +112,8 @@ def api_page() -> str:
     for name, (home, node) in classes.items():
         if home != "llmasos.errors":
             parts += list(_class_section(home, node))
-            for helper in HELPERS.get(name, []):
-                parts += list(_class_section(home, _class(home, helper)))
+            for helper_home, helper in HELPERS.get(name, []):
+                parts += list(_class_section(helper_home, _class(helper_home, helper)))
     parts += ["## Errors", "```text\n" + _tree(_docstring(_parse("llmasos/errors.py"))) + "\n```"]
     parts.append(
         "Every error has `message`, `hint` (the next command to type, or nothing), `http_status` and `retryable`."
@@ -122,8 +122,14 @@ def api_page() -> str:
     return _page(parts)
 
 
-HELPERS = {"AsyncLLMasOS": ["Options"], "Generation": ["RoutedHop"]}
-"""Types that a public name cannot be understood without; they stand behind it."""
+HELPERS = {
+    "AsyncLLMasOS": [("llmasos.client.async_client", "Options")],
+    "Generation": [
+        ("llmasos.client.generate", "RoutedHop"),
+        *(("llmasos.client.trace", name) for name in ("Trace", "HopTime", "StepTime")),
+    ],
+}
+"""Types that a public name cannot be understood without, and where they are; they stand behind it."""
 
 
 def _class(home: str, name: str) -> ast.ClassDef:
@@ -152,6 +158,8 @@ def _class_section(home: str, node: ast.ClassDef) -> Iterator[str]:
         yield _table(["field", "type"], rows)
     same: list[str] = []
     for method in node.body:
+        if isinstance(method, ast.Assign) and ast.unparse(method.value).startswith("_blocking("):
+            same.append(_code(method.targets[0]))
         if not isinstance(method, ast.FunctionDef | ast.AsyncFunctionDef):
             continue
         method = constants.visit(method)

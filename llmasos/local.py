@@ -1,6 +1,7 @@
 """A swarm of real processes on this machine: `llmasos up`, the demo, tests and benchmarks stand on it."""
 
 import asyncio
+import ctypes
 import logging
 import os
 import signal
@@ -49,7 +50,8 @@ class LocalProcess:
 class LocalSwarm:
     """Starts a bootstrap, then peers on demand, each a process of its own with one compute thread.
 
-    An async context manager: leaving it stops every process, politely first.
+    An async context manager: leaving it stops every process, politely first. Where the kernel is Linux, none outlives
+    the process that started it, however that ends.
     """
 
     def __init__(self, *, model: str = "smollm2", show_talk: bool = False) -> None:
@@ -81,14 +83,28 @@ class LocalSwarm:
 
     async def start_peer(self, name: str, blocks: str, *options: str) -> LocalProcess:
         """Start a peer and wait until it serves. Raises LLMasOSError with its last words when it does not."""
-        arguments = ["-m", "llmasos.peer", "--blocks", blocks, "--model", self.model, "--name", name]
+        arguments = [*self.peer_command(name), "--blocks", blocks, "--model", self.model, "--name", name]
         peer = await self._start(name, [*arguments, "--join", self.address, *options])
         self.peers[name] = peer
         return peer
 
+    def peer_command(self, name: str) -> list[str]:
+        """What Python is given to start the peer of that name, before the options of every peer."""
+        return ["-m", "llmasos.peer"]
+
     async def start_peers(self, spans: Sequence[Span]) -> list[LocalProcess]:
-        """Start one peer a span, all at once."""
-        return await asyncio.gather(*(self.start_peer(f"peer{n}", str(span)) for n, span in enumerate(spans, start=1)))
+        """Start one peer a span, all at once: peer1, peer2, … If one fails, the others are stopped."""
+        starts = [
+            asyncio.create_task(self.start_peer(f"peer{number}", str(span)), name=f"start of peer{number}")
+            for number, span in enumerate(spans, start=1)
+        ]
+        try:
+            return await asyncio.gather(*starts)
+        except BaseException:
+            for start in starts:
+                start.cancel()
+            await asyncio.wait(starts)
+            raise
 
     async def kill(self, name: str) -> None:
         """SIGKILL a peer: it says goodbye to nobody."""
@@ -104,16 +120,12 @@ class LocalSwarm:
         return await self._end(peer)
 
     async def _start(self, name: str, arguments: list[str]) -> LocalProcess:
-        process = await asyncio.create_subprocess_exec(
-            sys.executable,
-            *arguments,
-            stdin=asyncio.subprocess.DEVNULL,
-            stdout=asyncio.subprocess.PIPE,
-            stderr=asyncio.subprocess.PIPE,
-            # Several torch processes with several threads each spin against each other (docs/log.md).
-            env={**os.environ, "OMP_NUM_THREADS": "1", "GOMAXPROCS": "1"},
-            start_new_session=True,  # the terminal's Ctrl-C is ours alone: we stop them in order
-        )
+        spawning = asyncio.create_task(_spawn(arguments), name=f"spawn {name}")
+        try:
+            process = await asyncio.shield(spawning)
+        except asyncio.CancelledError:
+            (await spawning).kill()  # a process that we have no name for would be left behind
+            raise
         member = LocalProcess(name, process)
         self._tasks.spawn(self._read_talk(member), f"stderr of {name}")
         assert process.stdout is not None
@@ -149,6 +161,30 @@ class LocalSwarm:
             log.warning("%s did not stop in %.0f s and is killed", member.name, STOP_TIMEOUT_S)
             member.process.kill()
             return await member.process.wait()
+
+
+async def _spawn(arguments: Sequence[str]) -> asyncio.subprocess.Process:
+    return await asyncio.create_subprocess_exec(
+        sys.executable,
+        *arguments,
+        stdin=asyncio.subprocess.DEVNULL,
+        stdout=asyncio.subprocess.PIPE,
+        stderr=asyncio.subprocess.PIPE,
+        # Several torch processes with several threads each spin against each other (docs/log.md).
+        env={**os.environ, "OMP_NUM_THREADS": "1", "GOMAXPROCS": "1"},
+        start_new_session=True,  # the terminal's Ctrl-C is ours alone: we stop them in order
+        preexec_fn=_end_with_parent if _prctl is not None else None,
+    )
+
+
+_PR_SET_PDEATHSIG = 1
+_prctl = ctypes.CDLL(None).prctl if sys.platform == "linux" else None
+
+
+def _end_with_parent() -> None:
+    """Runs in the new process: the kernel stops it when we are no more and could not do it ourselves."""
+    assert _prctl is not None
+    _prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
 def split_evenly(blocks: int, peers: int) -> list[Span]:

@@ -1,149 +1,28 @@
 """python -m sim: swarms to try things on."""
 
-import asyncio
 import json
 import time
-from argparse import ArgumentParser, ArgumentTypeError, Namespace
-from dataclasses import replace
+from argparse import ArgumentParser, Namespace
 from pathlib import Path
-from typing import TYPE_CHECKING
 
-from llmasos.console import QUIET_S, parser, run, say, set_up_logging, show, stop_signal, subcommand, talk, whole
-from llmasos.errors import LLMasOSError, UsageError
-from llmasos.local import split_evenly
+from llmasos.console import parser, run, say, set_up_logging, show, subcommand, talk, whole
 from sim import plot
 from sim.baselines import POLICIES
 from sim.compare import compare
 from sim.compare import draw as draw_comparison
 from sim.hunt import Verdict, hunt
 from sim.invariants import ViolationError
+from sim.local_command import EXAMPLE as LOCAL_EXAMPLE
+from sim.local_command import add_local, local
 from sim.scenario import HERE, load, resize, scenarios
 from sim.simulation import simulate
-
-if TYPE_CHECKING:
-    from llmasos.client.generate import Generation
-    from llmasos.span import Span
-    from sim.local import LocalReport, LocalWork
+from sim.tenths import Tenths
 
 COMPARE_EXAMPLE = "  python -m sim compare stragglers --seed 7 --plot stragglers.png"
 HUNT_EXAMPLE = "  python -m sim hunt --scenario churn --seeds 1000 --peers 12 --duration 60"
 RUN_EXAMPLE = """  python -m sim run churn --peers 100 --seed 7
   python -m sim run sim/scenarios/liars.toml --json > report.json"""
 CALIBRATE_EXAMPLE = "  python -m sim calibrate --model smollm2 --blocks 0:10"
-EXAMPLE = """  python -m sim local --peers 3 --prompt "The world is"
-  python -m sim local --peers 3 --replicas 2 --clients 4 --requests 20 --kill peer2@5s --restart peer2@9s"""
-
-
-async def local(args: Namespace) -> None:
-    """Start real processes on this machine, generate text through them, stop them."""
-    stop = stop_signal()
-    work = asyncio.create_task(_local(args))
-    stopped = asyncio.create_task(stop.wait())
-    await asyncio.wait([work, stopped], return_when=asyncio.FIRST_COMPLETED)
-    stopped.cancel()
-    if not work.done():
-        say("stopping")
-        work.cancel()
-    try:
-        await work
-    except asyncio.CancelledError:
-        raise KeyboardInterrupt from None
-
-
-async def _local(args: Namespace) -> None:
-    say(f"reading the header of {args.model}")
-    from llmasos.blocks.registry import resolve
-    from sim.local import LocalFault, LocalSwarm, LocalWork, run_work
-
-    blocks = resolve(args.model).blocks
-    spans = [*(args.spans or split_evenly(blocks, args.peers))] * args.replicas
-    faults = [LocalFault.parse("kill", text) for text in args.kill]
-    faults += [LocalFault.parse("stop", text) for text in args.stop]
-    faults += [LocalFault.parse("restart", text) for text in args.restart]
-    prompts = tuple(_prompts(args))
-    requests = args.requests or max(args.clients, len(prompts))
-    work = LocalWork(prompts, args.clients, requests, args.max_new_tokens, tuple(faults))
-    demo = requests == 1 and not faults and not args.json
-    begin = time.monotonic()
-    say("starting a bootstrap")
-    async with LocalSwarm(model=args.model, show_talk=args.debug) as swarm:
-        say(f"  {swarm.address}")
-        say(f"starting {len(spans)} peers of {args.model}, each a process of its own: {', '.join(map(str, spans))}")
-        for peer in await swarm.start_peers(spans):
-            say(f"  {peer.name}  {peer.address}")
-        names = {peer.peer_id: peer.name for peer in swarm.peers.values()}
-        say(f"the swarm is up after {time.monotonic() - begin:.1f} s; generating\n")
-
-        def finished(result: "Generation") -> None:
-            if demo:
-                show(prompts[0] + result.text)
-                _report(result, names)
-
-        report = await run_work(swarm, spans, work, each=finished)
-    if not demo:
-        talk.print(report.table())
-    if demo and report.failed:
-        raise LLMasOSError(report.errors[0])
-    single = await _single(args, blocks, work) if args.speedup else None
-    if single is not None:
-        ratio = report.tokens_per_s / single.tokens_per_s
-        say(f"one peer alone: {single.tokens_per_s:.1f} tokens/s; speedup T1/Tn = {ratio:.2f} with {len(spans)} peers")
-    if args.json:
-        show(json.dumps({**report.as_dict(), "single_peer": single.as_dict() if single is not None else None}))
-    elif not demo:
-        show(f"requests={report.requests} failed={report.failed} tokens_per_s={report.tokens_per_s:.2f}")
-    if demo:
-        say("\nstopped every process. Try next:")
-        say("  python -m llmasos.peer --blocks 0:30          # a swarm of your own, of one peer")
-        say('  llmasos generate "Once upon a time" --join …  # with the address that it prints')
-    elif report.failed:
-        raise LLMasOSError(f"{report.failed} of {report.requests} requests failed: {report.errors[0]}")
-
-
-async def _single(args: Namespace, blocks: int, work: "LocalWork") -> "LocalReport":
-    """The same work on one peer that has all blocks, undisturbed."""
-    from llmasos.span import Span
-    from sim.local import LocalSwarm, run_work
-
-    say("the same work on one peer with all blocks, for comparison")
-    async with LocalSwarm(model=args.model, show_talk=args.debug) as swarm:
-        spans = [Span(0, blocks)]
-        await swarm.start_peers(spans)
-        return await run_work(swarm, spans, replace(work, faults=()))
-
-
-def _prompts(args: Namespace) -> list[str]:
-    if args.prompts is None:
-        return [args.prompt]
-    try:
-        lines = [line for line in args.prompts.read_text(encoding="utf-8").splitlines() if line.strip()]
-    except (OSError, UnicodeDecodeError) as error:
-        raise UsageError(f"cannot read prompts from {args.prompts}: {error}") from None
-    if not lines:
-        raise UsageError(f"{args.prompts} holds no prompt", hint="write one a line")
-    return lines
-
-
-def _spans(text: str) -> list["Span"]:
-    """An argparse type: `0:10,10:20`."""
-    from llmasos.span import Span
-
-    try:
-        return [Span.parse(part) for part in text.split(",")]
-    except UsageError as error:
-        raise ArgumentTypeError(error.message) from None
-
-
-def _report(result: "Generation", names: dict[str, str]) -> None:
-    unknown = [hop.peer for hop in result.route if hop.peer not in names]
-    if unknown:
-        raise LLMasOSError(f"the route leads through strangers: {', '.join(unknown)}")
-    route = " → ".join(f"{names[hop.peer]} (blocks {hop.blocks})" for hop in result.route)
-    say(f"\nroute: you → {route} → you")
-    say(
-        f"{result.completion_tokens} tokens, {result.tokens_per_s:.1f} tokens/s, "
-        f"first token after {result.time_to_first_token_s:.2f} s"
-    )
 
 
 async def measure_runner(args: Namespace) -> None:
@@ -259,44 +138,15 @@ def hunt_seeds(args: Namespace) -> None:
         raise ViolationError(f"seed {failed[0].seed}: {failed[0].problem}", hint=failed[0].replay)
 
 
-class Tenths:
-    """Says how far a long run is, each tenth of the way."""
-
-    def __init__(self, what: str) -> None:
-        self._what = what
-        self._said = 0
-        self._begin = time.monotonic()
-
-    def __call__(self, share: float) -> None:
-        tenth = int(10 * share)
-        if tenth > self._said and time.monotonic() - self._begin > QUIET_S:
-            self._said = tenth
-            say(f"  {self._what}: {10 * tenth} %")
-
-
 THOROUGH_PEERS = 100
 """Up to so many peers the whole account of a peer is checked at each pass; beyond, once a second."""
 
 
 def build_parser() -> ArgumentParser:
     """All commands and their options."""
-    top = parser("python -m sim", "Swarms to try things on.", EXAMPLE)
+    top = parser("python -m sim", "Swarms to try things on.", LOCAL_EXAMPLE)
     commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    command = subcommand(commands, "local", "Real processes on this machine, and a text through them.", EXAMPLE)
-    command.add_argument("--peers", type=whole(1), default=3, help="how many share the blocks (default: %(default)s)")
-    command.add_argument("--model", default="smollm2", help="(default: %(default)s)")
-    command.add_argument("--prompt", default="The world is", help="(default: %(default)r)")
-    command.add_argument("--max-new-tokens", type=whole(1), default=48, help="(default: %(default)s)")
-    command.add_argument("--prompts", type=Path, metavar="FILE", help="one prompt a line, sent in turn")
-    command.add_argument("--requests", type=whole(1), metavar="N", help="in all (default: one a client or prompt)")
-    command.add_argument("--clients", type=whole(1), default=1, help="how many ask at once (default: %(default)s)")
-    command.add_argument("--spans", type=_spans, metavar="A:B,…", help="what each peer serves, instead of even parts")
-    command.add_argument("--replicas", type=whole(1), default=1, help="peers for each span (default: %(default)s)")
-    for kind, what in (("kill", "SIGKILL"), ("stop", "stop in good order"), ("restart", "stop if need be, and start")):
-        text = f"{what}: peer2@5s is the second peer after five seconds; repeatable"
-        command.add_argument(f"--{kind}", action="append", default=[], metavar="PEER@TIME", help=text)
-    command.add_argument("--speedup", action="store_true", help="run the same work on one peer too, and print T1/Tn")
-    command.add_argument("--json", action="store_true", help="the report as one JSON object on stdout")
+    add_local(commands)
     command = subcommand(commands, "calibrate", "Measure the cost model of this machine.", CALIBRATE_EXAMPLE)
     command.add_argument("--model", default="smollm2", help="(default: %(default)s)")
     command.add_argument("--blocks", default="0:6", help="the blocks to time (default: %(default)s)")

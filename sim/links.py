@@ -120,6 +120,11 @@ class LinkPlan:
             if name not in known:
                 raise UsageError(f"there is no {name} to link", hint=f"there are {', '.join(known)}")
 
+    def among(self, names: Iterable[str]) -> "LinkPlan":
+        """What is left of it in a swarm of these peers."""
+        known = {*names, CLIENT}
+        return LinkPlan(self.default, {ends: link for ends, link in self.pairs.items() if ends <= known})
+
     def links_of(self, name: str, ids: Mapping[str, PeerId]) -> Links:
         """The links of one process, by the ids of the others."""
         ends = {frozenset((name, other)): peer for other, peer in ids.items() if other != name}
@@ -175,13 +180,13 @@ class LinkedNetwork:
     async def connect(self, contact: Contact, protocol: str) -> Stream:
         latency_s = self._links.to(PeerId(contact.peer)).latency_s
         await asyncio.sleep(latency_s)
-        stream = await self._inner.connect(contact, protocol)
+        stream = self._wrap(await self._inner.connect(contact, protocol))
         try:
             await asyncio.sleep(latency_s)
         except asyncio.CancelledError:
             await stream.close()
             raise
-        return self._wrap(stream)
+        return stream
 
     async def publish(self, topic: str, value: bytes, lease_s: float) -> bool:
         await self._ask_somebody()

@@ -96,6 +96,7 @@ def test_what_a_generation_says() -> None:
         "time_to_first_token_s",
         "tokens_per_s",
         "failovers",
+        "trace",
     ]
 
 

@@ -30,7 +30,10 @@ DEFAULT_MODEL = "smollm2"
 
 
 class Options(TypedDict, total=False):
-    """How to generate. The defaults are those of `generate_text`, save that the prompt is no part of the text."""
+    """How to generate. The defaults are those of `generate_text`, save that the prompt is no part of the text.
+
+    `trace` has the Generation say where the time went.
+    """
 
     max_length: int | None
     max_new_tokens: int | None
@@ -41,6 +44,7 @@ class Options(TypedDict, total=False):
     seed: int | None
     stop: str | Sequence[str] | None
     return_full_text: bool
+    trace: bool
 
 
 def _request(
@@ -54,6 +58,7 @@ def _request(
     seed: int | None = None,
     stop: str | Sequence[str] | None = None,
     return_full_text: bool = False,
+    trace: bool = False,
 ) -> GenerationRequest:
     if not isinstance(prompt, str):
         raise UsageError(f"the prompt is a {type(prompt).__name__}, not a text")
@@ -64,6 +69,7 @@ def _request(
         sampling=SamplingParams(temperature, top_p, top_k, repetition_penalty, seed),
         stop=(stop,) if isinstance(stop, str) else tuple(stop or ()),
         return_full_text=return_full_text,
+        trace=trace,
     )
 
 
@@ -286,13 +292,20 @@ class AsyncLLMasOS:
         generator = await self.generator(model_name)
         prompt_ids = await generator.encode(request.prompt)
         new_tokens = request.new_tokens(len(prompt_ids), generator.spec.context_tokens)
-        async with self.dialogue(model_name, len(prompt_ids) + new_tokens, new_tokens=new_tokens) as dialogue:
+        kv_tokens = len(prompt_ids) + new_tokens
+        async with self.dialogue(model_name, kv_tokens, new_tokens=new_tokens, trace=request.trace) as dialogue:
             async for piece in generator.run(request, dialogue, prompt_ids, new_tokens):
                 yield piece
 
     @asynccontextmanager
     async def dialogue(
-        self, model_name: str, kv_tokens: int, *, new_tokens: int = 1, on_event: OnEvent | None = None
+        self,
+        model_name: str,
+        kv_tokens: int,
+        *,
+        new_tokens: int = 1,
+        on_event: OnEvent | None = None,
+        trace: bool = False,
     ) -> AsyncIterator[Dialogue]:
         """A session that may serve several turns: what a new prompt shares with the last is not computed again.
 
@@ -313,7 +326,7 @@ class AsyncLLMasOS:
             quantization=self._config.quantization,
         )
         async with Session(
-            self._network, router, request, self._config, on_event=on_event or self._on_event
+            self._network, router, request, self._config, on_event=on_event or self._on_event, trace=trace
         ) as session:
             yield Dialogue(session)
 

@@ -2,26 +2,47 @@
 
 import asyncio
 import threading
-from collections.abc import AsyncIterator, Coroutine, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterator, Sequence
+from functools import wraps
 from types import TracebackType
-from typing import Any, Self, TypeVar, Unpack
+from typing import Any, Concatenate, ParamSpec, Self, TypeVar, Unpack
 
 from llmasos.client.async_client import DEFAULT_MODEL, AsyncLLMasOS, Options
-from llmasos.client.generate import Generation
+from llmasos.client.events import OnEvent, ignore
 from llmasos.config import ClientConfig
 from llmasos.errors import UsageError
 
+P = ParamSpec("P")
 T = TypeVar("T")
+
+
+def _blocking(
+    method: Callable[Concatenate[AsyncLLMasOS, P], Coroutine[Any, Any, T]],
+) -> Callable[Concatenate["LLMasOS", P], T]:
+    """The same method, with the same signature, that returns when it is done."""
+
+    @wraps(method)
+    def wait_for(self: "LLMasOS", /, *args: P.args, **kwargs: P.kwargs) -> T:
+        return self.wait(method(self.asynchronous, *args, **kwargs))
+
+    return wait_for
 
 
 class LLMasOS:
     """A client of one swarm, for programs without an event loop. A context manager; see `AsyncLLMasOS`.
 
-    `asynchronous` is the `AsyncLLMasOS` that it runs.
+    `asynchronous` is the `AsyncLLMasOS` that it runs; `on_event` is called in the thread of its loop.
     """
 
-    def __init__(self, endpoint: str | Sequence[str], *, config: ClientConfig | None = None) -> None:
-        self.asynchronous = AsyncLLMasOS(endpoint, config=config)
+    def __init__(
+        self,
+        endpoint: str | Sequence[str],
+        *,
+        config: ClientConfig | None = None,
+        api_key: str | None = None,
+        on_event: OnEvent = ignore,
+    ) -> None:
+        self.asynchronous = AsyncLLMasOS(endpoint, config=config, api_key=api_key, on_event=on_event)
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name="llmasos-client", daemon=True)
         self._thread.start()
@@ -45,40 +66,15 @@ class LLMasOS:
             self.wait(self.asynchronous.close())
             self._stop()
 
-    def generate_text(
-        self,
-        prompt: str,
-        model_name: str = DEFAULT_MODEL,
-        max_length: int | None = None,
-        max_new_tokens: int | None = None,
-        temperature: float = 0.0,
-        top_p: float = 1.0,
-        top_k: int = 0,
-        repetition_penalty: float = 1.0,
-        seed: int | None = None,
-        stop: str | Sequence[str] | None = None,
-        return_full_text: bool = True,
-    ) -> str:
-        """See `AsyncLLMasOS.generate_text`."""
-        return self.wait(
-            self.asynchronous.generate_text(
-                prompt,
-                model_name,
-                max_length,
-                max_new_tokens,
-                temperature,
-                top_p,
-                top_k,
-                repetition_penalty,
-                seed,
-                stop,
-                return_full_text,
-            )
-        )
-
-    def generate(self, prompt: str, model_name: str = DEFAULT_MODEL, **options: Unpack[Options]) -> Generation:
-        """See `AsyncLLMasOS.generate`."""
-        return self.wait(self.asynchronous.generate(prompt, model_name, **options))
+    generate_text = _blocking(AsyncLLMasOS.generate_text)
+    generate = _blocking(AsyncLLMasOS.generate)
+    generate_batch = _blocking(AsyncLLMasOS.generate_batch)
+    chat = _blocking(AsyncLLMasOS.chat)
+    translate = _blocking(AsyncLLMasOS.translate)
+    answer = _blocking(AsyncLLMasOS.answer)
+    generate_code = _blocking(AsyncLLMasOS.generate_code)
+    models = _blocking(AsyncLLMasOS.models)
+    status = _blocking(AsyncLLMasOS.status)
 
     def stream_text(self, prompt: str, model_name: str = DEFAULT_MODEL, **options: Unpack[Options]) -> Iterator[str]:
         """See `AsyncLLMasOS.stream_text`."""
@@ -88,48 +84,6 @@ class LLMasOS:
                 yield piece
         finally:
             self.wait(_finish(pieces))
-
-    def generate_batch(
-        self, prompts: Sequence[str], model_name: str = DEFAULT_MODEL, **options: Unpack[Options]
-    ) -> list[Generation]:
-        """See `AsyncLLMasOS.generate_batch`."""
-        return self.wait(self.asynchronous.generate_batch(prompts, model_name, **options))
-
-    def chat(
-        self, messages: Sequence[dict[str, str]], model_name: str = DEFAULT_MODEL, **options: Unpack[Options]
-    ) -> Generation:
-        """See `AsyncLLMasOS.chat`."""
-        return self.wait(self.asynchronous.chat(messages, model_name, **options))
-
-    def translate(
-        self, text: str, source: str, target: str, model_name: str = DEFAULT_MODEL, **options: Unpack[Options]
-    ) -> str:
-        """See `AsyncLLMasOS.translate`."""
-        return self.wait(self.asynchronous.translate(text, source, target, model_name, **options))
-
-    def answer(
-        self,
-        question: str,
-        context: str | None = None,
-        model_name: str = DEFAULT_MODEL,
-        **options: Unpack[Options],
-    ) -> str:
-        """See `AsyncLLMasOS.answer`."""
-        return self.wait(self.asynchronous.answer(question, context, model_name, **options))
-
-    def generate_code(
-        self, task: str, language: str = "Python", model_name: str = DEFAULT_MODEL, **options: Unpack[Options]
-    ) -> str:
-        """See `AsyncLLMasOS.generate_code`."""
-        return self.wait(self.asynchronous.generate_code(task, language, model_name, **options))
-
-    def models(self) -> list[str]:
-        """See `AsyncLLMasOS.models`."""
-        return self.wait(self.asynchronous.models())
-
-    def status(self) -> dict[str, Any]:
-        """See `AsyncLLMasOS.status`."""
-        return self.wait(self.asynchronous.status())
 
     def wait(self, work: Coroutine[Any, Any, T]) -> T:
         """Run something on the client's loop, and wait for it; for what `asynchronous` offers and this class does not.

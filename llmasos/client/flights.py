@@ -1,10 +1,11 @@
 """Steps that are under way, and what becomes of them."""
 
 import asyncio
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from llmasos.errors import LLMasOSError
-from llmasos.wire import Tensor
+from llmasos.wire import Result, Step, Tensor
 
 SUSPECT_FACTOR = 4.0
 """Times what answers took lately: a step that has to wait for others' prompts takes two or three times its usual."""
@@ -21,22 +22,36 @@ class Flight:
     answer: asyncio.Future[Tensor]
     first: int = 0
     replay: int = 0
+    tokens: int = 0
+    sent_at: float = 0.0
+
+    def onward(self, result: Result, replay: int) -> Step:
+        """The step for the next hop, of a result that came to us to be relayed."""
+        return Step(
+            step=result.step,
+            position=self.position,
+            keep=self.keep,
+            hidden=result.hidden,
+            replay=replay,
+            spent=result.spent,
+        )
 
 
 class Flights:
     """The steps of one session that are in the air, by their number."""
 
-    def __init__(self) -> None:
+    def __init__(self, clock: Callable[[], float]) -> None:
+        self._clock = clock
         self._flights: dict[int, Flight] = {}
         self._slowest_s = 0.0  # what an answer took lately, the slow ones above all; 0 before the first
 
     def __contains__(self, number: int | None) -> bool:
         return number in self._flights
 
-    def start(self, number: int, position: int, keep: int, first: int = 0, replay: int = 0) -> None:
-        """Expect an answer to that step."""
+    def start(self, number: int, position: int, keep: int, first: int = 0, replay: int = 0, tokens: int = 0) -> None:
+        """Expect an answer to that step, which is sent now."""
         answer: asyncio.Future[Tensor] = asyncio.get_running_loop().create_future()
-        self._flights[number] = Flight(position, keep, answer, first, replay)
+        self._flights[number] = Flight(position, keep, answer, first, replay, tokens, self._clock())
 
     def waiting(self, number: int) -> Flight | None:
         """The flight of that number, while it has neither an answer nor an error."""

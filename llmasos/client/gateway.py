@@ -24,6 +24,7 @@ from llmasos.client.gateway_admission import Admission
 from llmasos.client.gateway_answer import Answer
 from llmasos.client.gateway_door import ID, KEY, Door
 from llmasos.client.gateway_keys import load_keys
+from llmasos.client.gateway_listen import Runner
 from llmasos.client.gateway_metrics import Metrics
 from llmasos.client.gateway_openapi import document
 from llmasos.client.gateway_texts import Prompt, Texts
@@ -153,14 +154,14 @@ class Gateway:
             echo=echo,
             new_tokens=new_tokens,
             on_failover=self.watch.failed_over,
+            trace=request.headers.get("x-llmasos-trace", ""),
         )
-        trace = request.headers.get("x-llmasos-trace") == "1"
         name = f"{request[ID]}.{head.id[-6:]}"
         async with self.admission.enter(request[KEY], texts.count):
             self.watch.texts[name] = texts
             try:
                 async with texts:
-                    answer = Answer(texts, head, self._config, self.metrics, calls=calls, trace=trace)
+                    answer = Answer(texts, head, self._config, self.metrics, calls=calls)
                     if options.stream:
                         return await answer.as_stream(request, self._door.headers(request))
                     return web.json_response(await answer.in_one_piece())
@@ -282,9 +283,7 @@ class Gateway:
 
 async def serve(client: AsyncLLMasOS, config: GatewayConfig) -> web.AppRunner:
     """Listen. The caller ends it with `cleanup()`. Raises UsageError for a port that is taken."""
-    runner = web.AppRunner(
-        Gateway(client, config).app(), handler_cancellation=True, access_log=None, shutdown_timeout=5.0
-    )
+    runner = Runner(Gateway(client, config).app())
     await runner.setup()
     try:
         await web.TCPSite(runner, config.host, config.port).start()

@@ -1,7 +1,8 @@
 """Who may start now, who waits, and who is told to come back: pure bookkeeping on the event loop.
 
 A request takes as many places as it has choices. When all are taken it waits, one queue a key; keys take turns, so
-that one with a hundred requests does not hold up another with one. What waits is bounded; beyond it a refusal says so.
+that one with a hundred requests does not hold up another with one. What waits is bounded; beyond it a refusal says so,
+and goes to the newest request of the key that has most of them waiting.
 """
 
 import asyncio
@@ -108,7 +109,7 @@ class Admission:
             self.running += places
             return
         if self.waiting >= self._max_waiting:
-            raise self._full(f"{self.running} texts are being written and {self.waiting} requests wait")
+            self._make_room(name)
         waiting = _Waiting(places, asyncio.get_running_loop().create_future())
         self._queues.setdefault(name, deque()).append(waiting)
         self.waiting += 1
@@ -116,7 +117,7 @@ class Admission:
             async with asyncio.timeout(self._max_wait_s):
                 await waiting.turn
         except BaseException as error:
-            if waiting.turn.done() and not waiting.turn.cancelled():
+            if waiting.turn.done() and not waiting.turn.cancelled() and waiting.turn.exception() is None:
                 self.running -= places  # our turn came in the very moment in which we gave up
                 self._let_in()
             else:
@@ -125,6 +126,17 @@ class Admission:
             if isinstance(error, TimeoutError):
                 raise self._full(f"no place became free in {self._max_wait_s:g} s") from None
             raise
+
+    def _make_room(self, name: str) -> None:
+        """Turn somebody away, so that `name` can wait. Raises ApiError if that is `name` itself."""
+        full = self._full(f"{self.running} texts are being written and {self.waiting} requests wait")
+        most = max(self._queues, key=lambda key: len(self._queues[key]), default=name)
+        if len(self._queues.get(most, ())) <= len(self._queues.get(name, ())) + 1:
+            raise full
+        newest = self._queues[most][-1]
+        self._leave(most, newest)
+        if not newest.turn.done():
+            newest.turn.set_exception(full)
 
     def _full(self, why: str) -> ApiError:
         self._refused("full")

@@ -3,7 +3,8 @@
 import asyncio
 import json
 import logging
-from dataclasses import asdict, dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 from aiohttp import web
@@ -36,20 +37,18 @@ class _Progress:
     parser: ToolCalls | None
     begun: bool = False  # its first event has been seen
     failovers: int = 0
-    trace: dict[str, Any] = field(default_factory=dict)
+    result: dict[str, Any] = field(default_factory=dict)
+    trace: dict[str, Any] | None = None
 
 
 class Answer:
-    """What becomes of a request's texts. `trace` adds how each came to be, in a field that OpenAI does not have."""
+    """What becomes of a request's texts."""
 
-    def __init__(
-        self, texts: Texts, head: Head, config: GatewayConfig, metrics: Metrics, *, calls: bool, trace: bool
-    ) -> None:
+    def __init__(self, texts: Texts, head: Head, config: GatewayConfig, metrics: Metrics, *, calls: bool) -> None:
         self._texts = texts
         self._head = head
         self._config = config
         self._metrics = metrics
-        self._trace = trace
         self._began = asyncio.get_running_loop().time()
         self._completion_tokens = 0
         self._progress = [
@@ -75,9 +74,7 @@ class Answer:
             chunk=False,
         )
         body["usage"] = self._usage()
-        if self._trace:
-            body["llmasos"] = {"texts": [progress.trace for progress in self._progress]}
-        return body
+        return body | self._told(self._progress)
 
     # --- as a stream -------------------------------------------------------------------------------------------------
 
@@ -152,16 +149,14 @@ class Answer:
             lines += self._chunk([part_of_choice(head, index, None, calls=new_calls)])
         if isinstance(event.what, Generation):
             last = part_of_choice(head, index, None, finish_reason=progress.choice.finish_reason)
-            lines += self._chunk([last], progress.trace)
+            lines += self._chunk([last], self._told([progress]))
         return lines
 
-    def _chunk(self, choices: list[dict[str, Any]], trace: dict[str, Any] | None = None) -> str:
+    def _chunk(self, choices: list[dict[str, Any]], told: dict[str, Any] | None = None) -> str:
         body = self._head.body(choices, chunk=True)
         if self._texts.options.include_usage:
             body["usage"] = None
-        if self._trace and trace is not None:
-            body["llmasos"] = {"texts": [trace]}
-        return _data(body)
+        return _data(body | (told or {}))
 
     async def _write(self, response: web.StreamResponse, lines: str) -> None:
         if not lines:
@@ -196,6 +191,7 @@ class Answer:
             progress.choice.calls = list(progress.parser.calls)
         if isinstance(what, Generation):
             self._end(progress, what)
+            self._metrics.saw_step(self._texts.live[event.index].last_step)
         return before + text, scores
 
     def _begin(self, index: int) -> str:
@@ -207,10 +203,20 @@ class Answer:
         model = self._head.model
         self._completion_tokens += result.completion_tokens
         progress.choice.finish_reason = "tool_calls" if progress.choice.calls else result.finish_reason
-        progress.trace |= asdict(result)
+        progress.result |= result.as_json()
+        progress.trace = progress.result.pop("trace", None)
         self._metrics.failovers.labels(model).inc(result.failovers)
         if result.tokens_per_s:
             self._metrics.token_s.labels(model).observe(1 / result.tokens_per_s)
+
+    def _told(self, progress: Sequence[_Progress]) -> dict[str, Any]:
+        """What the client asked to be told beside its texts, in fields that OpenAI does not have."""
+        told: dict[str, Any] = {}
+        if self._texts.trace in ("1", "route"):
+            told["llmasos"] = {"texts": [entry.result for entry in progress]}
+        if self._texts.trace == "1":
+            told["llmasos_trace"] = [entry.trace for entry in progress]
+        return told
 
     def _usage(self) -> dict[str, int]:
         return usage(sum(len(prompt.ids) for prompt in self._texts.prompts), self._completion_tokens)

@@ -59,6 +59,8 @@ class Door:
             response = self._answer(request, _http_error(request, error))
         except LLMasOSError as error:
             response = self._answer(request, as_api_error(error))
+        except web.RequestPayloadError:
+            response = self._answer(request, ApiError("the body is not what its headers say", code="invalid_body"))
         except ConnectionResetError:
             self._metrics.cancelled.inc()
             raise

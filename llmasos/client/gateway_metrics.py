@@ -2,8 +2,11 @@
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, disable_created_metrics, generate_latest
 
+from llmasos.client.trace import StepTime
+
 disable_created_metrics()  # type: ignore[no-untyped-call]  # when a counter began is a second series for each, and nobody asks for it
 
+STEPS_S = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5)
 WAITS_S = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0)
 
 
@@ -29,6 +32,13 @@ class Metrics:
             buckets=WAITS_S,
             registry=here,
         )
+        self.hop_s = Histogram(
+            "llmasos_hop_seconds",
+            "What the last step of a text took on one hop: in its queue, in its passes, on the network to it.",
+            ["part"],
+            buckets=STEPS_S,
+            registry=here,
+        )
         self.failovers = Counter("llmasos_failovers", "Lost hops replaced in running texts.", ["model"], registry=here)
         self.refused = Counter("llmasos_requests_refused", "Requests refused at the door.", ["reason"], registry=here)
         self.cancelled = Counter("llmasos_requests_cancelled", "Requests whose client went away.", registry=here)
@@ -38,6 +48,12 @@ class Metrics:
         self.weakest = Gauge(
             "llmasos_swarm_weakest_block_peers", "Peers of the block that has the fewest.", ["model"], registry=here
         )
+
+    def saw_step(self, step: StepTime | None) -> None:
+        """A text is finished, and this was its last step."""
+        for hop in step.hops if step is not None else ():
+            for part, spent_ms in (("queue", hop.queue_ms), ("compute", hop.compute_ms), ("network", hop.network_ms)):
+                self.hop_s.labels(part).observe(spent_ms / 1e3)
 
     def page(self) -> bytes:
         """The page that Prometheus reads."""

@@ -10,10 +10,13 @@ from typing import Self
 
 from llmasos.blocks.sampling import SamplingParams, Scored
 from llmasos.client.async_client import AsyncLLMasOS
+from llmasos.client.events import Event as SessionEvent
+from llmasos.client.events import Rerouted
 from llmasos.client.generate import Dialogue, Generation, GenerationRequest, Generator, Piece, PromptScores
 from llmasos.client.openai_answers import TokenScore
 from llmasos.client.openai_api import Options
 from llmasos.client.token_bytes import TokenBytes, offsets_of
+from llmasos.client.trace import StepTime
 from llmasos.errors import LLMasOSError
 
 log = logging.getLogger(__name__)
@@ -49,6 +52,8 @@ class Live:
     first_token_at: float | None = None
     dialogue: Dialogue | None = None
     done: bool = False
+    cause: str = ""
+    """Why it last left its route, until the page has been told."""
 
     @property
     def route(self) -> list[dict[str, str]]:
@@ -70,13 +75,24 @@ class Live:
         waiting = self.dialogue.session.waiting if self.dialogue is not None else None
         return str(waiting) if waiting is not None else None
 
+    @property
+    def last_step(self) -> StepTime | None:
+        """What its latest step took on each hop."""
+        tracer = self.dialogue.session.tracer if self.dialogue is not None else None
+        return tracer.last() if tracer is not None else None
+
+    def hear(self, event: SessionEvent) -> None:
+        """What its session says beside the text."""
+        if isinstance(event, Rerouted):
+            self.cause = event.why
+
 
 @dataclass(slots=True)
 class Texts:
     """Runs a request's texts at once. An async context manager: leaving it ends every session, on every hop.
 
-    `model` is the swarm's name of the model, `source` what its ends are loaded from. `on_failover` hears of the model,
-    the hops that were lost, and the route that there is now.
+    `model` is the swarm's name of the model, `source` what its ends are loaded from. `on_failover` hears of a text
+    and of the hops that it has lost; its route is the new one by then.
     """
 
     client: AsyncLLMasOS
@@ -87,7 +103,9 @@ class Texts:
     options: Options
     echo: bool
     new_tokens: Sequence[int]
-    on_failover: Callable[[str, list[dict[str, str]], list[dict[str, str]]], None]
+    on_failover: Callable[[Live, list[dict[str, str]]], None]
+    trace: str = ""
+    """What the client wants to be told beside its texts: 1 for where the time went, route for how each came to be."""
     live: dict[int, Live] = field(default_factory=dict)
     _events: asyncio.Queue[Event] = field(default_factory=lambda: asyncio.Queue(EVENTS_AHEAD))
     _tasks: list[asyncio.Task[None]] = field(default_factory=list)
@@ -163,13 +181,15 @@ class Texts:
         kv_tokens = max(len(prompt.ids) + new_tokens, 1)
         try:
             async with (
-                self.client.dialogue(self.source, kv_tokens, new_tokens=max(new_tokens, 1)) as dialogue,
+                self.client.dialogue(
+                    self.source, kv_tokens, new_tokens=max(new_tokens, 1), on_event=live.hear, trace=True
+                ) as dialogue,
                 aclosing(self.generator.events(request, dialogue, prompt.ids, new_tokens)) as events,
             ):
                 live.dialogue, route = dialogue, live.route
                 async for event in events:
                     if live.failovers and (lost := [hop for hop in route if hop not in live.route]):
-                        self.on_failover(self.model, lost, live.route)
+                        self.on_failover(live, lost)
                     route = live.route
                     if live.first_token_at is None:
                         live.first_token_at = asyncio.get_running_loop().time()
@@ -203,4 +223,5 @@ class Texts:
             logprobs=options.logprobs,
             score_prompt=self.echo and options.logprobs is not None,
             json_schema=options.json_schema,
+            trace=self.trace == "1",
         )

@@ -4,6 +4,7 @@ import asyncio
 import logging
 import time
 from collections import deque
+from dataclasses import asdict
 from typing import Any
 
 from llmasos.client.async_client import AsyncLLMasOS
@@ -60,9 +61,10 @@ class Watch:
             if live.first_token_at is not None:
                 self._first_tokens_s.append(live.first_token_at - live.began)
 
-    def failed_over(self, model: str, lost: list[dict[str, str]], now: list[dict[str, str]]) -> None:
+    def failed_over(self, live: Live, lost: list[dict[str, str]]) -> None:
         """A text has come to another route, because hops of its old one were lost."""
-        self._failovers.append({"at": time.time(), "model": model, "lost": lost, "now": now})
+        why, live.cause = live.cause, ""
+        self._failovers.append({"at": time.time(), "model": live.model, "lost": lost, "now": live.route, "why": why})
 
     def activity(self) -> dict[str, Any]:
         """What is going on here: running texts, recent failovers, speed over time. Nothing of what is written."""
@@ -77,7 +79,9 @@ class Watch:
                 "tokens": live.tokens,
                 "tokens_per_s": _speed(live, now),
                 "failovers": live.failovers,
+                "waiting": live.waiting,
                 "route": live.route,
+                "hops": [asdict(hop) for hop in step.hops] if (step := live.last_step) is not None else [],
             }
             for request, texts in self.texts.items()
             for index, live in texts.live.items()
@@ -92,6 +96,7 @@ class Watch:
             "failovers": recent[::-1],
             "samples": list(self._samples),
             "rtt_s": self._client.round_trips(),
+            "relayed": self._client.relayed(),
         }
 
     async def run(self) -> None:

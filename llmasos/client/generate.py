@@ -6,7 +6,7 @@ The embedding, the final norm and the head stay with the client: token ids and t
 import asyncio
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any, Literal, TypeVar
 
 import torch
@@ -21,6 +21,7 @@ from llmasos.client.head import MAX_ROWS, SharedHead
 from llmasos.client.session import Session
 from llmasos.client.speculation import Speculator
 from llmasos.client.text import Detokenizer, StopText
+from llmasos.client.trace import Trace
 from llmasos.errors import MissingBlocksError, UsageError
 
 T = TypeVar("T")
@@ -51,6 +52,8 @@ class GenerationRequest:
     """Score the prompt as well. It is then computed whole, whatever the session holds of it."""
     json_schema: str | None = None
     """The text must be JSON that this schema, itself JSON, allows."""
+    trace: bool = False
+    """Tell where the time went. For that the session must be traced."""
 
     DEFAULT_NEW_TOKENS = 64
 
@@ -103,6 +106,14 @@ class Generation:
     time_to_first_token_s: float
     tokens_per_s: float
     failovers: int
+    trace: Trace | None = None
+
+    def as_json(self) -> dict[str, Any]:
+        """For `json.dumps`; without a trace if there is none."""
+        fields = asdict(self)
+        if self.trace is None:
+            del fields["trace"]
+        return fields
 
 
 @dataclass(frozen=True, slots=True)
@@ -246,6 +257,9 @@ class Generator:
             grammar = await self._on_thread(lambda: self._grammars.start(schema))
         loop = asyncio.get_running_loop()
         begin = loop.time()
+        tracer = dialogue.session.tracer if request.trace else None
+        if tracer is not None:
+            tracer.begin()
         sampler = Sampler(request.sampling, len(prompt_ids))
         text = StopText(Detokenizer(self.tokenizer, prompt_ids), request.stop)
         ids = list(prompt_ids)
@@ -300,6 +314,7 @@ class Generator:
             time_to_first_token_s=first_token_at - begin,
             tokens_per_s=(len(generated) - 1) / decode_s if len(generated) > 1 and decode_s > 0 else 0.0,
             failovers=dialogue.session.failovers,
+            trace=tracer.trace() if tracer is not None else None,
         )
 
     async def logits(self, dialogue: Dialogue, ids: Sequence[int], keep: int) -> torch.Tensor:

@@ -9,6 +9,7 @@ from typing import Any
 import aiohttp
 
 from llmasos.client.generate import Generation, GenerationRequest, RoutedHop
+from llmasos.client.trace import Trace, trace_from_json
 from llmasos.errors import (
     LLMasOSError,
     MissingBlocksError,
@@ -85,7 +86,9 @@ class HttpGateway:
         }
         path = "/v1/completions" if messages is None else "/v1/chat/completions"
         result: Generation | None = None
-        async with self._answer("POST", path, json=body, headers={"x-llmasos-trace": "1"}) as answer:
+        async with self._answer(
+            "POST", path, json=body, headers={"x-llmasos-trace": "1" if request.trace else "route"}
+        ) as answer:
             async for line in answer.content:
                 if not line.startswith(b"data: ") or line.startswith(b"data: [DONE]"):
                     continue
@@ -97,7 +100,9 @@ class HttpGateway:
                     if piece:
                         yield piece
                 if "llmasos" in chunk:
-                    result = _generation(chunk["llmasos"]["texts"][0], request)
+                    times = chunk.get("llmasos_trace")
+                    trace = trace_from_json(times[0]) if times else None
+                    result = _generation(chunk["llmasos"]["texts"][0], request, trace)
         if result is None:
             raise SwarmError(f"{self._url} ended its answer in the middle")
         yield result
@@ -146,9 +151,9 @@ def _error(found: Mapping[str, Any], status: int) -> LLMasOSError:
     return SwarmError(message)
 
 
-def _generation(trace: Mapping[str, Any], request: GenerationRequest) -> Generation:
-    shown = dict(trace)
-    shown["text"] = (request.prompt if request.return_full_text else "") + trace["text"]
-    shown["route"] = tuple(RoutedHop(**hop) for hop in trace["route"])
-    shown["token_ids"] = tuple(trace["token_ids"])
-    return Generation(**shown)
+def _generation(told: Mapping[str, Any], request: GenerationRequest, trace: Trace | None) -> Generation:
+    shown = dict(told)
+    shown["text"] = (request.prompt if request.return_full_text else "") + told["text"]
+    shown["route"] = tuple(RoutedHop(**hop) for hop in told["route"])
+    shown["token_ids"] = tuple(told["token_ids"])
+    return Generation(**shown, trace=trace)

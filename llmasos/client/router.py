@@ -85,6 +85,10 @@ class Router:
         """A ping came back."""
         self.health.saw_rtt(peer, seconds, self._network.now())
 
+    def round_trip_s(self, peer: str) -> float:
+        """To a peer and back, as measured; what is usual for one that has not been."""
+        return self.health.observed(peer, self._network.now()).rtt_s
+
     def saw_step(self, hops: Sequence[tuple[str, int]], seconds: float) -> None:
         """One row went through all hops, (peer, blocks) each, and came back. The links between them are not
         measured: each counts like the mean of ours.

@@ -28,6 +28,7 @@ from llmasos.client.flights import Flight, Flights
 from llmasos.client.hop import HopLink, as_error
 from llmasos.client.hops import Hops
 from llmasos.client.router import Router
+from llmasos.client.trace import Tracer
 from llmasos.config import HAND_OVER_RETRY_S, MAX_ROWS_IN_FLIGHT, ClientConfig
 from llmasos.errors import ConnectionLostError, PeerError, PeerFaultError, PeerTimeoutError, SwarmError, UsageError
 from llmasos.history import History
@@ -53,6 +54,7 @@ class Session:
         config: ClientConfig,
         *,
         on_event: OnEvent = ignore,
+        trace: bool = False,
     ) -> None:
         if request.model_blocks is None:
             raise ValueError("a session must know how many blocks its model has")
@@ -61,6 +63,7 @@ class Session:
         self.replay_s = 0.0
         self.waiting: Waiting | None = None
         """What the session waits for, while it does."""
+        self.tracer = Tracer(router.round_trip_s, network.now) if trace else None
         self._on_event = on_event
         self._router = router
         self._request = request
@@ -69,7 +72,7 @@ class Session:
         self._hops = Hops(request.model_blocks)
         self._inputs = History()
         self._answered = 0  # positions below this are answered, and cached on every hop that is not lagging
-        self._flights = Flights()
+        self._flights = Flights(network.now)
         self._steps = itertools.count()
         self._names = itertools.count()
         self._connections = Connections(network, router, config, self._hear, self._on_lost)
@@ -165,7 +168,7 @@ class Session:
                 landed(done, await self._answer(number))
             number = next(self._steps)
             kept = keep(behind, rows.tokens)
-            self._flights.start(number, position, kept, 0, replay)
+            self._flights.start(number, position, kept, 0, replay, rows.tokens)
             await self._connections.send(
                 self._hops[0], Step(step=number, position=position, keep=kept, hidden=rows, replay=replay)
             )
@@ -309,6 +312,7 @@ class Session:
             tokens=self._request.kv_tokens,
             upstream=sides.upstream,
             downstream=sides.downstream,
+            trace=self.tracer is not None,
         )
         await self._connections.open(hop, request)
 
@@ -377,11 +381,12 @@ class Session:
             if result.hidden.tokens != flight.keep and not hop.relay:
                 self._connections.lose(hop, PeerFaultError(hop.plan.peer, f"answered {result.hidden.tokens} rows"))
             else:
+                if self.tracer is not None and not flight.replay:
+                    self.tracer.took(flight, result, self.route.hops)
                 flight.answer.set_result(result.hidden)
         elif hop.relay and following < ends_at:
             left = max(ends_at - following, 0) if flight.replay else 0
-            step = Step(step=result.step, position=flight.position, keep=flight.keep, hidden=result.hidden, replay=left)
-            self._connections.relay(self._hops[following], step)
+            self._connections.relay(self._hops[following], flight.onward(result, left))
         else:
             self._connections.lose(hop, PeerFaultError(hop.plan.peer, "answered in the place of another hop"))
 

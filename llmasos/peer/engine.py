@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 
 from llmasos.peer.runner import Chunk, Fault, Runner
 from llmasos.peer.scheduler import Scheduler, Slice
+from llmasos.peer.watcher import Watcher
 from llmasos.span import Span
 from llmasos.wire import Spent, Tensor, join_rows
 
@@ -33,11 +34,18 @@ class _Pending:
 
 
 class Engine:
-    """Runs the steps of all sessions in shared passes. `serve()` must run for anything to happen."""
+    """Runs the steps of all sessions in shared passes. `serve()` must run for anything to happen.
 
-    def __init__(self, runner: Runner, scheduler: Scheduler) -> None:
+    `clock` measures what steps and passes take: the event loop's own may count whole milliseconds.
+    """
+
+    def __init__(
+        self, runner: Runner, scheduler: Scheduler, clock: Callable[[], float], watcher: Watcher | None = None
+    ) -> None:
         self.runner = runner
         self.scheduler = scheduler
+        self._clock = clock
+        self._watcher = watcher or Watcher()
         self.passes = 0
         self.rows = 0
         self._pending: dict[tuple[str, int], _Pending] = {}
@@ -52,8 +60,7 @@ class Engine:
         Raises what `Scheduler.submit` raises.
         """
         self.scheduler.submit(session, step, position, hidden.tokens)
-        now = asyncio.get_running_loop().time()
-        self._pending[session, step] = _Pending(span, hidden, done, now)
+        self._pending[session, step] = _Pending(span, hidden, done, self._clock())
         self._wake.set()
 
     def abandon(self, session: str) -> None:
@@ -74,7 +81,6 @@ class Engine:
 
     async def serve(self) -> None:
         """Run until cancelled."""
-        loop = asyncio.get_running_loop()
         while True:
             batch = self.scheduler.schedule()
             if not batch:
@@ -82,11 +88,13 @@ class Engine:
                 await self._wake.wait()
                 continue
             self._running = {piece.session for piece in batch}
-            begin = loop.time()
+            begin = self._clock()
             results = await self.runner.run([self._chunk(piece) for piece in batch])
-            end = loop.time()
+            end = self._clock()
             self.passes += 1
-            self.rows += sum(piece.tokens for piece in batch)
+            tokens = sum(piece.tokens for piece in batch)
+            self.rows += tokens
+            self._watcher.ran(tokens, max(end - begin, 0.0))
             self.scheduler.finish(batch)
             self._running = set()
             for piece, result in zip(batch, results, strict=True):
@@ -104,7 +112,7 @@ class Engine:
         pending = self._pending.get((piece.session, piece.step))
         if pending is None:
             return  # its session left while the pass ran
-        pending.computed_s += end - begin
+        pending.computed_s += max(end - begin, 0.0)
         if isinstance(result, Fault):
             self.scheduler.abandon(piece.session)
             self._drop_steps(piece.session)
@@ -113,7 +121,9 @@ class Engine:
         pending.parts.append(result)
         if piece.completes:
             del self._pending[piece.session, piece.step]
-            pending.done(join_rows(pending.parts), pending.spent(end))
+            queue_us, _ = spent = pending.spent(end)
+            self._watcher.waited(queue_us / 1e6)
+            pending.done(join_rows(pending.parts), spent)
 
     def _drop_steps(self, session: str) -> None:
         for key in [key for key in self._pending if key[0] == session]:

@@ -16,6 +16,7 @@ from llmasos.network import Network, Stream
 from llmasos.peer.engine import Engine
 from llmasos.peer.scheduler import KvFullError
 from llmasos.peer.session import PeerSession
+from llmasos.peer.watcher import Watcher
 from llmasos.span import Span
 from llmasos.wire import (
     MAX_MESSAGE_CHARS,
@@ -52,8 +53,9 @@ class Served:
 class Handler:
     """Serves inbound streams."""
 
-    def __init__(self, network: Network, engine: Engine, served: Served) -> None:
+    def __init__(self, network: Network, engine: Engine, served: Served, watcher: Watcher | None = None) -> None:
         self.draining = False
+        self._watcher = watcher or Watcher()
         self._network = network
         self._engine = engine
         self._served = served
@@ -109,12 +111,14 @@ class Handler:
     async def _serve_client(self, stream: Stream, request: Open) -> None:
         refusal = self._refusal(request)
         if refusal is not None:
+            self._watcher.refused("draining" if refusal.code == "refused" else refusal.code)
             await stream.send(encode(refusal))
             return
         key = f"{next(self._keys)}"
         try:
             self._engine.scheduler.admit(key, request.tokens)
         except KvFullError as error:
+            self._watcher.refused("kv_full")
             await stream.send(encode(Failed(code="refused", message=str(error), retry_after_s=1.0)))
             return
         session = PeerSession(key, request, stream, self._network, self._engine)
@@ -205,11 +209,19 @@ class Handler:
         except TimeoutError:
             return None
 
-    # --- a stranger who asks for our distance ------------------------------------------------------------------------
+    # --- a stranger who asks how far and how busy we are -------------------------------------------------------------
 
     async def _serve_pings(self, stream: Stream, message: AnyMessage) -> None:
+        scheduler = self._engine.scheduler
         while isinstance(message, Ping):
-            await stream.send(encode(Pong(nonce=message.nonce, padding=message.padding)))
+            pong = Pong(
+                nonce=message.nonce,
+                padding=message.padding,
+                queued=scheduler.queued_tokens,
+                sessions=scheduler.active_sessions,
+                kv_free_tokens=scheduler.kv_free_tokens,
+            )
+            await stream.send(encode(pong))
             async with asyncio.timeout(SESSION_LEASE_S):
                 message = decode(await stream.receive())
 

@@ -14,6 +14,7 @@ from llmasos.peer.engine import Engine
 from llmasos.peer.handler import Handler, Served
 from llmasos.peer.runner import Runner, Speed
 from llmasos.peer.scheduler import Scheduler
+from llmasos.peer.watcher import Watcher
 from llmasos.routing.records import PeerRecord, PeerState
 from llmasos.span import Span
 from llmasos.wire import PROTOCOL
@@ -27,12 +28,21 @@ class Peer:
     It takes over neither: whoever made the network and the runner closes them.
     """
 
-    def __init__(self, network: Network, runner: Runner, served: Served, config: PeerConfig, *, kv_tokens: int) -> None:
+    def __init__(
+        self,
+        network: Network,
+        runner: Runner,
+        served: Served,
+        config: PeerConfig,
+        *,
+        kv_tokens: int,
+        watcher: Watcher | None = None,
+    ) -> None:
         self.network = network
         self.runner = runner
         self.served = served
-        self.engine = Engine(runner, Scheduler(kv_tokens, config.max_batch_tokens))
-        self.handler = Handler(network, self.engine, served)
+        self.engine = Engine(runner, Scheduler(kv_tokens, config.max_batch_tokens), network.now, watcher)
+        self.handler = Handler(network, self.engine, served, watcher)
         self.announcer = Announcer(network, self.describe)
         self.speed: Speed
         self._config = config

@@ -57,7 +57,7 @@ def test_a_full_queue_refuses_at_once_and_a_long_wait_after_a_while() -> None:
         second = asyncio.create_task(door.visit(ALICE, "second"))
         await asyncio.sleep(0)
         with pytest.raises(ApiError) as caught:
-            await door.visit(BOB, "third")
+            await door.visit(BOB, "third")  # nobody has more waiting than Bob would
         assert (caught.value.status, caught.value.code) == (503, "overloaded")
         assert loop.time() == pytest.approx(0, abs=0.01)
         with pytest.raises(ApiError, match="no place"):
@@ -65,6 +65,21 @@ def test_a_full_queue_refuses_at_once_and_a_long_wait_after_a_while() -> None:
         assert loop.time() == pytest.approx(10, abs=0.01)
         await first
         assert door.refused == {"full": 2}
+        assert (door.admission.running, door.admission.waiting) == (0, 0)
+
+    run(scene())
+
+
+def test_a_key_that_fills_the_queue_does_not_shut_out_another() -> None:
+    async def scene() -> None:
+        door = Door(running=1, waiting=4)
+        crowd = [asyncio.create_task(door.visit(ALICE, f"alice{number}")) for number in range(5)]
+        await asyncio.sleep(0)
+        await door.visit(BOB, "bob")
+        assert door.order.index("bob") <= 2
+        ends = await asyncio.gather(*crowd, return_exceptions=True)
+        assert [isinstance(end, ApiError) for end in ends] == [False, False, False, False, True]
+        assert door.refused == {"full": 1}
         assert (door.admission.running, door.admission.waiting) == (0, 0)
 
     run(scene())

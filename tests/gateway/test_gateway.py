@@ -2,21 +2,33 @@
 
 import asyncio
 import json
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable
 from io import BytesIO
 from typing import Any
 
 import pytest
 import torch
+from yarl import URL
 
 from llmasos.blocks.registry import ModelSpec
+from llmasos.client.gateway import serve as serve_http
 from llmasos.client.token_bytes import TokenBytes
+from llmasos.config import GatewayConfig
 from llmasos.peer.peer import Peer
 from tests.gateway.conftest import SPANS, Served, folder_of, read_events, serve
 
 HELLO = {"model": "tiny", "messages": [{"role": "user", "content": "hello"}], "max_tokens": 12, "seed": 3}
 GO_ON = {"model": "tiny", "prompt": "ab", "max_tokens": 9, "seed": 3}
 CHAT, COMPLETIONS = "/v1/chat/completions", "/v1/completions"
+
+
+@pytest.fixture
+async def listening(tiny_gateway: Served) -> AsyncIterator[str]:
+    """The address of a gateway as `llmasos gateway` starts it."""
+    runner = await serve_http(tiny_gateway.client, GatewayConfig(port=0))
+    host, port = runner.addresses[0][:2]
+    yield f"http://{host}:{port}"
+    await runner.cleanup()
 
 
 def error_of(body: dict[str, Any]) -> dict[str, Any]:
@@ -205,6 +217,36 @@ async def test_errors_of_http_itself_are_json(tiny_gateway: Served) -> None:
     assert "Access-Control-Allow-Origin" not in named.headers
 
 
+@pytest.mark.parametrize(
+    ("raw", "status"),
+    [
+        (b"GET /health HTTP/1.1\r\nHost: x\r\nX-Long: " + b"a" * 9_000 + b"\r\n\r\n", 431),
+        (b"GET /" + b"a" * 9_000 + b" HTTP/1.1\r\nHost: x\r\n\r\n", 431),
+        (b"GET /health HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer SECRET\x01\r\n\r\n", 400),
+        (b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\r\n\r\n", 400),
+        (b"POST /tokenize HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+         b"Content-Encoding: gzip\r\nContent-Length: 2\r\n\r\n{}", 400),
+    ],
+    ids=["header", "line", "key", "tls", "gzip"],
+)  # fmt: skip
+async def test_what_is_no_request_is_refused_as_json(
+    raw: bytes, status: int, listening: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    url = URL(listening)
+    assert url.host is not None
+    reader, writer = await asyncio.open_connection(url.host, url.port)
+    writer.write(raw + b"GET")  # what comes behind it is not read
+    head = (await reader.readuntil(b"\r\n\r\n")).decode().lower()
+    length = int(head.partition("content-length: ")[2].partition("\r")[0])
+    error_of(json.loads(await reader.readexactly(length)))
+    assert int(head.split()[1]) == status
+    assert "content-type: application/json" in head
+    assert "x-request-id: req_" in head
+    assert "SECRET" not in caplog.text
+    writer.close()
+    await writer.wait_closed()
+
+
 async def until(condition: Callable[[], bool]) -> None:
     """Wait for something that nobody announces."""
     async with asyncio.timeout(20):
@@ -244,6 +286,7 @@ async def test_a_peer_lost_in_mid_stream_is_replaced_or_told(tiny: ModelSpec) ->
         (failover,) = (await (await served.http.get("/api/activity")).json())["failovers"]
         assert len(failover["lost"]) == 1
         assert failover["lost"][0] not in failover["now"]
+        assert failover["lost"][0]["peer"][-8:] in failover["why"]
 
 
 async def crash(peers: list[Peer], which: str, served: Served) -> None:
@@ -252,6 +295,35 @@ async def crash(peers: list[Peer], which: str, served: Served) -> None:
     victim = texts.live[0].route[1]["peer"]
     (peer,) = [peer for peer in peers if peer.network.peer_id == victim]
     peer.network.die("killed")  # type: ignore[attr-defined]
+
+
+async def test_a_silent_stream_is_kept_alive(tiny: ModelSpec) -> None:
+    """By comments, which change nothing of what is said."""
+    body = {**HELLO, "max_tokens": 40, "logit_bias": {"2": -100}}
+    async with serve(tiny, source=folder_of(tiny), keep_alive_s=0.05) as served:
+        _, whole = await served.post(CHAT, body)
+        answer = await served.http.post(CHAT, json={**body, "stream": True})
+        raw = await answer.content.readuntil(b"\n\n")
+        network = served.peers[0].network
+        network.swarm.hang(network.peer_id)  # type: ignore[attr-defined]
+        while b": still at it" not in raw:
+            raw += await answer.content.readuntil(b"\n\n")
+        network.swarm.heal()  # type: ignore[attr-defined]
+        stream = read_events(raw + await answer.read())
+        assert stream.done
+        assert stream.text() == whole["choices"][0]["message"]["content"]
+        assert "still at it" in stream.comments
+
+
+async def test_a_stream_never_holds_half_a_character(tiny_gateway: Served) -> None:
+    """The model writes single bytes; the schema makes it write characters of two, three and four of them."""
+    said = "ä漢🦊"
+    schema = {"type": "object", "properties": {"a": {"const": said}}, "required": ["a"], "additionalProperties": False}
+    form = {"type": "json_schema", "json_schema": {"name": "x", "schema": schema}}
+    stream = await tiny_gateway.stream(CHAT, {**HELLO, "max_tokens": 60, "response_format": form})
+    pieces = [chunk["choices"][0]["delta"].get("content") or "" for chunk in stream.chunks]
+    assert set(said) <= set(pieces)
+    assert json.loads("".join(pieces)) == {"a": said}
 
 
 async def test_a_failure_in_mid_stream_is_an_event(tiny: ModelSpec) -> None:
@@ -264,6 +336,29 @@ async def test_a_failure_in_mid_stream_is_an_event(tiny: ModelSpec) -> None:
         first = await answer.content.readuntil(b"\n\n")
         await crash(served.peers, "used", served)
         stream = read_events(first + await answer.read())
+def adds_up(trace: dict[str, Any]) -> None:
+    told_ms = sum(hop[part] for hop in trace["hops"] for part in ("queue_ms", "compute_ms", "network_ms"))
+    assert trace["total_ms"] == pytest.approx(told_ms)
+    assert trace["total_ms"] == pytest.approx(sum(step["total_ms"] for step in trace["steps"]))
+    assert all(hop["compute_ms"] > 0 for hop in trace["hops"])
+
+
+async def test_the_trace_tells_where_the_time_went(tiny_gateway: Served) -> None:
+    body = HELLO | {"n": 2, "seed": 3}
+    answer = await tiny_gateway.http.post(CHAT, json=body, headers={"x-llmasos-trace": "1"})
+    whole = await answer.json()
+    assert len(whole["llmasos_trace"]) == 2
+    for trace, text in zip(whole["llmasos_trace"], whole["llmasos"]["texts"], strict=True):
+        adds_up(trace)
+        assert [hop["blocks"] for hop in trace["hops"]] == SPANS
+        assert sum(step["tokens"] for step in trace["steps"]) >= text["prompt_tokens"] + text["completion_tokens"] - 1
+    stream = await tiny_gateway.stream(CHAT, HELLO, **{"x-llmasos-trace": "1"})
+    (told,) = [chunk["llmasos_trace"] for chunk in stream.chunks if "llmasos_trace" in chunk]
+    adds_up(told[0])
+    plain = await tiny_gateway.http.post(CHAT, json=HELLO)
+    assert not [name for name in await plain.json() if name.startswith("llmasos")]
+
+
         assert not stream.done
         assert error_of(stream.chunks[-1])["code"] == "missing_blocks"
 
@@ -273,6 +368,7 @@ async def test_the_trace_tells_the_route(tiny_gateway: Served) -> None:
     (text,) = (await answer.json())["llmasos"]["texts"]
     assert [hop["blocks"] for hop in text["route"]] == SPANS
     assert len(text["token_ids"]) == text["completion_tokens"]
+        'llmasos_hop_seconds_count{part="compute"} 2.0',
 
 
 async def test_what_is_counted(tiny_gateway: Served) -> None:

@@ -40,6 +40,16 @@ async def test_the_same_results(tiny: ModelSpec, tiny_gateway: Served, remote: A
     assert [model["model"] for model in (await remote.status())["models"]] == ["tiny"]
 
 
+async def test_the_same_trace(tiny_gateway: Served, remote: AsyncLLMasOS) -> None:
+    plain = await remote.generate("abc", "tiny", **OPTIONS)
+    assert plain.trace is None
+    traced = await remote.generate("abc", "tiny", trace=True, **OPTIONS)
+    assert traced.token_ids == plain.token_ids
+    assert traced.trace is not None
+    assert [hop.blocks for hop in traced.trace.hops] == ["0:2", "2:5"]
+    assert traced.trace.total_ms == pytest.approx(sum(step.total_ms for step in traced.trace.steps))
+
+
 async def test_the_same_errors(tiny: ModelSpec, remote: AsyncLLMasOS) -> None:
     with pytest.raises(UnknownModelError):
         await remote.generate("abc", "huge")
