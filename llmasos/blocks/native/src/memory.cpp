@@ -15,7 +15,7 @@ namespace llmasos {
 
 namespace {
 
-constexpr size_t HUGE_PAGE = size_t{2} << 20;
+constexpr size_t HUGE_PAGE = size_t{2} << 20, SMALL_PAGE = 4096;
 #if defined(__SANITIZE_ADDRESS__)
 constexpr size_t REGION = 0;  // every block a region of its own, so that the sanitizer sees its ends
 #else
@@ -38,15 +38,35 @@ std::mutex mutex;
 Region* current = nullptr;          // the one that new blocks are cut from
 std::map<size_t, Header*> unused;  // released blocks of regions that still live, by size
 
-Region* make_region(size_t bytes) {
+#if defined(__linux__) && !defined(__SANITIZE_ADDRESS__)
+// From the kernel and back to it: what malloc is given it may keep, however large it is.
+void* map(size_t bytes) {
     // Few blocks are no reason to take a huge page: small models would pay for air.
-    const size_t alignment = bytes >= HUGE_PAGE ? HUGE_PAGE : ALIGNMENT;
-    void* memory = nullptr;
-    if (posix_memalign(&memory, alignment, bytes) != 0) throw std::bad_alloc();
-#if defined(__linux__)
-    if (alignment == HUGE_PAGE) madvise(memory, bytes, MADV_HUGEPAGE);  // advice: a kernel without them goes on
+    const bool huge = bytes >= HUGE_PAGE;
+    const size_t slack = huge ? HUGE_PAGE : 0;
+    void* found = mmap(nullptr, bytes + slack, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+    if (found == MAP_FAILED) throw std::bad_alloc();
+    if (!huge) return found;
+    auto* begin = static_cast<uint8_t*>(found);
+    auto* base = begin + (HUGE_PAGE - reinterpret_cast<uintptr_t>(begin) % HUGE_PAGE) % HUGE_PAGE;
+    if (base > begin) munmap(begin, size_t(base - begin));
+    if (base < begin + slack) munmap(base + bytes, size_t(begin + slack - base));
+    madvise(base, bytes, MADV_HUGEPAGE);  // advice: a kernel without them goes on
+    return base;
+}
+void unmap(void* base, size_t bytes) { munmap(base, bytes); }
+#else
+void* map(size_t bytes) {
+    void* base = nullptr;
+    if (posix_memalign(&base, ALIGNMENT, bytes) != 0) throw std::bad_alloc();
+    return base;
+}
+void unmap(void* base, size_t) { std::free(base); }
 #endif
-    return new Region{static_cast<uint8_t*>(memory), bytes, 0, 0};
+
+Region* make_region(size_t bytes) {
+    const size_t rounded = (bytes + SMALL_PAGE - 1) / SMALL_PAGE * SMALL_PAGE;
+    return new Region{static_cast<uint8_t*>(map(rounded)), rounded, 0, 0};
 }
 
 Header* cut(Region* region, size_t bytes) {
@@ -74,7 +94,7 @@ void give_back(Region* region) {
                 *link = (*link)->next;
             else
                 link = &(*link)->next;
-    std::free(region->base);
+    unmap(region->base, region->size);
     delete region;
 }
 
