@@ -27,19 +27,21 @@ def test_a_hundred_clients_with_one_session_each_and_old_views_do_not_herd(seed:
             for number in range(10):
                 await cluster.start(f"peer{number}", "0:6")
             await asyncio.sleep(15.0)  # until even the oldest view shows all of them
-            busiest: Counter[str] = Counter()
+            chosen: Counter[str] = Counter()
 
             async def one(number: int, begin_s: float) -> None:
                 await asyncio.sleep(begin_s)
-                async with cluster.client(f"client{number}", seed=rng.getrandbits(32)) as client:
-                    async with client.session(64) as session:
-                        busiest[session.route.peers[0]] += 1
-                        await asyncio.sleep(10.0)
+                async with (
+                    cluster.client(f"client{number}", seed=rng.getrandbits(32)) as client,
+                    client.session(64) as session,
+                ):
+                    chosen[session.route.peers[0]] += 1
+                    await asyncio.sleep(10.0)
 
             async with asyncio.TaskGroup() as group:
                 for number in range(100):
                     group.create_task(one(number, rng.uniform(0.0, 10.0)))
-            return busiest
+            return chosen
 
     chosen = run(main())
     assert chosen.total() == 100
