@@ -221,6 +221,8 @@ class Pong(Message, frozen=True, tag="pong"):
     On the stream of a session it also tells how far its steps have come: the last one that was accepted, the last one
     that was passed on to the next hop as the route stands, and the rows that wait. So the client finds the link that a
     step is lost on when every hop is well.
+
+    A stranger that asks how far the peer is hears how busy it is: its `sessions`, their rows that wait, its free room.
     """
 
     nonce: Count = 0
@@ -228,6 +230,8 @@ class Pong(Message, frozen=True, tag="pong"):
     accepted: Count | None = None
     passed: Count | None = None
     queued: Count = 0
+    sessions: Count | None = None
+    kv_free_tokens: Count | None = None
 
 
 class Draining(Message, frozen=True, tag="draining"):

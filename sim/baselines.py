@@ -4,7 +4,7 @@ What others do is written down from their descriptions, in their favour where th
 distances are told the true ones, which ours has to measure. All of them avoid peers that have just failed, and never
 mix numerics, as ours does: what differs is the choice.
 
-    ours        the shipped planner
+    ours        the shipped planner and scout
     random      any peer that has the next block, to the end of its span
     pipelines   fixed chains of peers that share nobody, taken in turn
     in-flight   the peer with the fewest sessions, to the end of its span
@@ -22,7 +22,7 @@ from llmasos.errors import UsageError
 from llmasos.routing.cost import step_seconds
 from llmasos.routing.health import Health
 from llmasos.routing.missing import missing_blocks, refusal
-from llmasos.routing.planner import Hop, Route, plan
+from llmasos.routing.planner import Hop, Route
 from llmasos.routing.records import PeerRecord
 from llmasos.routing.request import RouteRequest
 from llmasos.routing.view import Checkpoint, SwarmView
@@ -34,11 +34,14 @@ POLICIES = ("ours", "random", "pipelines", "in-flight", "petals", "parallax")
 Pick = Callable[[Sequence[PeerRecord], float, Random, Health], PeerRecord]
 
 
-def make_policy(name: str, where: Map, home: str) -> Policy:
-    """The policy of that name, for the client `home`. Raises UsageError for a name that is none of POLICIES."""
+def make_policy(name: str, where: Map, home: str) -> Policy | None:
+    """The policy of that name for the client `home`, None for the router's own.
+
+    Raises UsageError for a name that is none of POLICIES.
+    """
     match name:
         case "ours":
-            return plan
+            return None
         case "random":
             return _Greedy(lambda options, now, rng, health: rng.choice(options))
         case "in-flight":

@@ -13,7 +13,7 @@ from llmasos.peer.handler import Served
 from llmasos.peer.peer import Peer
 from llmasos.peer.runner import Speed
 from llmasos.routing.directory import Directory
-from llmasos.routing.planner import RouteRequest, plan
+from llmasos.routing.planner import RouteRequest
 from llmasos.span import Span
 from llmasos.tasks import TaskSet
 from sim.network import SimNetwork, SimSwarm, peer_of
@@ -115,13 +115,16 @@ class SimCluster:
 
     @asynccontextmanager
     async def client(
-        self, name: str, *, seed: int = 0, config: ClientConfig | None = None, policy: Policy = plan
+        self, name: str, *, seed: int = 0, config: ClientConfig | None = None, policy: Policy | None = None
     ) -> AsyncIterator["SimClient"]:
-        """A client with its own view of the swarm; `policy` chooses its routes."""
+        """A client with its own view of the swarm; `policy` chooses its routes in the place of ours."""
         async with self.world.network(name, listen=False) as place:
             settings = config or ClientConfig()
             router = Router(place, Directory(place), settings, random.Random(seed), policy=policy)
-            yield SimClient(place, router, settings, self.model)
+            try:
+                yield SimClient(place, router, settings, self.model)
+            finally:
+                await router.close()
 
 
 @dataclass(frozen=True, slots=True)

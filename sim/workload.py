@@ -96,7 +96,7 @@ class Workload:
         seed: int,
         cluster: SimCluster,
         invariants: Invariants,
-        policy: Callable[[str], Policy],
+        policy: Callable[[str], Policy | None],
     ) -> None:
         """`policy` gives each gateway, by its peer id, its way to choose routes."""
         self.measured = Measured()

@@ -94,6 +94,8 @@ by_type: dict[type, st.SearchStrategy[AnyMessage]] = {
         accepted=st.none() | counts,
         passed=st.none() | counts,
         queued=counts,
+        sessions=st.none() | counts,
+        kv_free_tokens=st.none() | counts,
     ),
     Draining: st.just(Draining()),
     Close: st.just(Close()),

@@ -17,6 +17,11 @@ from transformers import (
 
 from llmasos.errors import UsageError
 
+MIN_TEMPERATURE = 1e-5
+"""Below it the likeliest token is taken, which is what the limit means; float32 cannot divide by much less."""
+MIN_REPETITION_PENALTY = 0.01
+"""Scores are divided by it; they reach a few hundred, and have to stay finite."""
+
 
 @dataclass(frozen=True, slots=True)
 class SamplingParams:
@@ -44,8 +49,10 @@ class SamplingParams:
             raise UsageError(f"top_p {self.top_p} does not lie in (0, 1]")
         if self.top_k < 0:
             raise UsageError(f"top_k {self.top_k} is negative", hint="0 means no limit")
-        if not (math.isfinite(self.repetition_penalty) and self.repetition_penalty > 0):
-            raise UsageError(f"repetition_penalty {self.repetition_penalty} is not a positive number")
+        if not (math.isfinite(self.repetition_penalty) and self.repetition_penalty >= MIN_REPETITION_PENALTY):
+            raise UsageError(
+                f"repetition_penalty {self.repetition_penalty} is not a number from {MIN_REPETITION_PENALTY} up"
+            )
         if self.seed is not None and not -(2**63) <= self.seed < 2**64:
             raise UsageError(f"seed {self.seed} does not fit into 64 bits")
         if not 0 <= self.min_p <= 1:
@@ -56,6 +63,11 @@ class SamplingParams:
         for token, bias in self.logit_bias:
             if token < 0 or not math.isfinite(bias):
                 raise UsageError(f"logit_bias of {bias} for token {token} is not a finite number for a token")
+
+    @property
+    def greedy(self) -> bool:
+        """Whether nothing is left to chance."""
+        return self.temperature < MIN_TEMPERATURE
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,7 +104,7 @@ class Sampler:
         if allowed is not None:
             scores = scores.masked_fill(~allowed, -math.inf)
         scores = self._processors(history, scores)
-        if self.params.temperature == 0:
+        if self.params.greedy:
             return int(scores.argmax(dim=-1))
         probabilities = torch.softmax(scores, dim=-1)
         return int(torch.multinomial(probabilities, num_samples=1, generator=self._random))
@@ -142,7 +154,7 @@ def _processors(params: SamplingParams, prompt_tokens: int) -> LogitsProcessorLi
         chosen.append(RepetitionPenaltyLogitsProcessor(penalty=params.repetition_penalty))
     if params.presence_penalty or params.frequency_penalty:
         chosen.append(_Penalties(params, prompt_tokens))
-    if params.temperature == 0:
+    if params.greedy:
         return chosen
     if params.temperature != 1.0:
         chosen.append(TemperatureLogitsWarper(params.temperature))

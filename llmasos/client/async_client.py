@@ -139,6 +139,9 @@ class AsyncLLMasOS:
         self._generators.clear()
         if self._gateway is not None:
             await self._gateway.close()
+        router, self._router = self._router, None
+        if router is not None:
+            await router.close()
         network, self._network = self._network, None
         if network is not None:
             await network.close()

@@ -272,7 +272,7 @@ class Gateway:
         return web.Response(body=self.metrics.page(), headers={"Content-Type": METRICS_TYPE})
 
     async def _openapi(self, request: web.Request) -> web.Response:
-        return web.json_response(document())
+        return web.json_response(document([] if self._config.api_key_file else await self._usable(request)))
 
     async def _page(self, request: web.Request) -> web.StreamResponse:
         path = WEB / request.match_info.get("name", "index.html")

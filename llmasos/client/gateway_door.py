@@ -57,6 +57,8 @@ class Door:
                 response = await handler(request)
         except web.HTTPException as error:
             response = self._answer(request, _http_error(request, error))
+            if allow := error.headers.get("Allow"):
+                response.headers["Allow"] = allow
         except LLMasOSError as error:
             response = self._answer(request, as_api_error(error))
         except web.RequestPayloadError:

@@ -167,10 +167,10 @@ def _options(body: Fields, logprobs: int | None) -> Options:
     return Options(
         max_tokens=newer if max_tokens is None else max_tokens,
         temperature=body.number("temperature", 1.0, 0.0, 100.0),
-        top_p=_above_zero(body, "top_p", 1.0, 1.0),
+        top_p=_share(body, "top_p"),
         top_k=max(body.whole("top_k", -1) or 0, 0),  # -1 means "no limit" to some clients, as 0 does
         min_p=body.number("min_p", 0.0, 0.0, 1.0),
-        repetition_penalty=_above_zero(body, "repetition_penalty", 1.0, 10.0),
+        repetition_penalty=body.number("repetition_penalty", 1.0, 0.01, 10.0),
         presence_penalty=body.number("presence_penalty", 0.0, -2.0, 2.0),
         frequency_penalty=body.number("frequency_penalty", 0.0, -2.0, 2.0),
         logit_bias=_logit_bias(body),
@@ -184,10 +184,10 @@ def _options(body: Fields, logprobs: int | None) -> Options:
     )
 
 
-def _above_zero(body: Fields, field: str, default: float, most: float) -> float:
-    value = body.number(field, default, 0.0, most)
+def _share(body: Fields, field: str) -> float:
+    value = body.number(field, 1.0, 0.0, 1.0)
     if value == 0.0:
-        raise body.wrong(field, f"above 0 and at most {most:g}")
+        raise body.wrong(field, "above 0 and at most 1")
     return value
 
 

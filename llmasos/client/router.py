@@ -8,12 +8,13 @@ from dataclasses import replace
 from statistics import fmean
 
 from llmasos.client.events import OnEvent, Waiting, ignore
+from llmasos.client.scout import Scout
 from llmasos.config import ClientConfig
 from llmasos.errors import LLMasOSError, MissingBlocksError, PeerRefusedError
 from llmasos.network import Network
 from llmasos.routing.directory import Directory
 from llmasos.routing.health import Health, Ticket
-from llmasos.routing.planner import Hop, Route, RouteRequest, plan
+from llmasos.routing.planner import Hop, Route, RouteRequest
 from llmasos.routing.view import SwarmView
 from llmasos.span import Span
 
@@ -27,7 +28,7 @@ MAX_SHORT_WAIT_S = 2.0
 
 
 Policy = Callable[[SwarmView, RouteRequest, float, random.Random, Health], Route]
-"""How a route is chosen. `planner.plan` is ours; the simulator compares it with others."""
+"""Another way to choose routes; the simulator compares ours with some."""
 
 
 class Router:
@@ -40,14 +41,20 @@ class Router:
         config: ClientConfig,
         rng: random.Random,
         *,
-        policy: Policy = plan,
+        policy: Policy | None = None,
     ) -> None:
+        """`policy` chooses the routes in the place of our planner and scout."""
         self.directory = directory
         self.health = Health()
         self._network = network
         self._config = config
         self._rng = rng
         self._policy = policy
+        self._scout = Scout(network, self.health, rng)
+
+    async def close(self) -> None:
+        """End what runs in the background."""
+        await self._scout.close()
 
     def new_session_id(self) -> str:
         """A name that nobody can guess: who knows it may be taken for the session's previous hop."""
@@ -68,7 +75,7 @@ class Router:
         while True:
             await self.directory.refresh(request.model, max_age_s=max_age_s)
             try:
-                return [hop for span in missing for hop in self._plan(request, span).hops]
+                return [hop for span in missing for hop in (await self._choose(request, span)).hops]
             except MissingBlocksError as error:
                 if max_age_s > 0:
                     max_age_s = 0.0  # the view may be stale: look again before giving up
@@ -121,6 +128,8 @@ class Router:
         waits = (self.health.avoided_for(record.peer, now) for record in self.directory.view.peers(model))
         return min((wait for wait in waits if wait > 0), default=0.0)
 
-    def _plan(self, request: RouteRequest, span: Span) -> Route:
+    async def _choose(self, request: RouteRequest, span: Span) -> Route:
         part = replace(request, start=span.start, end=span.end)
+        if self._policy is None:
+            return await self._scout.route(self.directory.view, part)
         return self._policy(self.directory.view, part, self._network.now(), self._rng, self.health)

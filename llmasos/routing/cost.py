@@ -101,6 +101,16 @@ def residual_s(step_s: float, span_blocks: int, sessions: int) -> float:
 
 
 @dataclass(frozen=True, slots=True)
+class Load:
+    """What a peer said when it was asked how busy it is."""
+
+    sessions: int
+    queued_tokens: int
+    kv_free_tokens: int
+    seen_at: float
+
+
+@dataclass(frozen=True, slots=True)
 class Observed:
     """What we know of a peer first-hand; the defaults know nothing. See `health.Health.observed`."""
 
@@ -111,9 +121,11 @@ class Observed:
     """Steps it was learned from, faded with time."""
     failures: int = 0
     own_sessions: int = 0
-    """Sessions of ours that began after the record was made."""
+    """Sessions of ours that began after the record was made, or after `load` was seen."""
     own_tokens: int = 0
     """The kv room that those have reserved."""
+    load: Load | None = None
+    """What it told us itself since its record was made."""
 
     @property
     def weight(self) -> float:
@@ -150,18 +162,20 @@ NO_COST = HopCost()
 
 def hop_cost(record: PeerRecord, blocks: int, work: Work, observed: Observed = UNKNOWN) -> HopCost:
     """What `blocks` blocks of this peer cost the request. Linear in `blocks`."""
-    offer = make_offer(record, 0.0)
-    seen = observed.weight
+    seen, load, span_blocks = observed.weight, observed.load, len(record.span)
+    sessions = record.active_sessions if load is None else load.sessions
+    queued_tokens = record.queued_tokens if load is None else load.queued_tokens
+    step_s = record.block_seconds + sessions * CROWD_ROWS * record.row_seconds
     # What we saw scales the claim as a whole, and already contains the waiting that it was seen with.
-    scale = 1.0 - seen + seen * observed.block_s / offer.step_s
-    n, sessions, own = work.new_tokens, record.active_sessions, observed.own_sessions
+    scale = 1.0 - seen + seen * observed.block_s / step_s
+    n, own = work.new_tokens, observed.own_sessions
     own_step_s = own * CROWD_ROWS * record.row_seconds * scale
-    crowded_s = residual_s(offer.step_s * scale + own_step_s, len(record.span), sessions + own)
-    wait_s = residual_s(offer.step_s * scale, len(record.span), sessions)
+    crowded_s = residual_s(step_s * scale + own_step_s, span_blocks, sessions + own)
+    wait_s = residual_s(step_s * scale, span_blocks, sessions)
     return HopCost(
         link_s=work.link_s(observed.rtt_s),
         compute_s=blocks * scale * ((n + work.chunks) * record.block_seconds + work.prompt_tokens * record.row_seconds),
-        wait_s=(1.0 - seen) * (offer.queue_s + n * wait_s)
+        wait_s=(1.0 - seen) * (queued_tokens * record.row_seconds * span_blocks + n * wait_s)
         + blocks * n * sessions * CROWD_ROWS * record.row_seconds * scale,
         own_s=n * (blocks * own_step_s + crowded_s - wait_s),
         risk_s=observed.failures * FAILOVER_S,

@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from statistics import median
 
-from llmasos.routing.cost import DEFAULT_RTT_S, Observed
+from llmasos.routing.cost import DEFAULT_RTT_S, Load, Observed
 
 MAX_PEERS = 1_024
 """Peers remembered, about 0.5 kB each; a session has a handful of hops."""
@@ -64,6 +64,7 @@ class Ticket:
 class _Peer:
     block_s: _Ewma = field(default_factory=_Ewma)
     rtt_s: _Ewma = field(default_factory=_Ewma)
+    load: Load | None = None
     failures: int = 0
     avoided_until: float = float("-inf")
     tickets: list[Ticket] = field(default_factory=list)
@@ -88,6 +89,10 @@ class Health:
         """A round trip of a small message took `seconds`."""
         self._touch(peer).rtt_s.add(max(0.0, seconds), now)
         self._typical_rtt_s = None
+
+    def saw_load(self, peer: str, load: Load) -> None:
+        """It said how busy it is."""
+        self._touch(peer).load = load
 
     def saw_step(self, peer: str, blocks: int, seconds: float, now: float) -> None:
         """One decoding row took `seconds` through `blocks` blocks of `peer`, waiting included, the link not."""
@@ -161,6 +166,9 @@ class Health:
         known = self._peers.get(peer)
         if known is None:
             return Observed(rtt_s=self.typical_rtt_s)
+        load = known.load if known.load is not None and known.load.seen_at > since else None
+        if load is not None:
+            since = load.seen_at
         unseen = [ticket for ticket in known.tickets if ticket.opened_at >= since]
         return Observed(
             rtt_s=known.rtt_s.value if known.rtt_s.weight else self.typical_rtt_s,
@@ -169,7 +177,18 @@ class Health:
             failures=known.failures,
             own_sessions=len(unseen),
             own_tokens=sum(ticket.tokens for ticket in unseen),
+            load=load,
         )
+
+    def measured(self, peer: str) -> bool:
+        """Whether we know how far it is."""
+        known = self._peers.get(peer)
+        return known is not None and known.rtt_s.weight > 0
+
+    def heard_of(self, peer: str, *, since: float) -> bool:
+        """Whether it has said how busy it is since then."""
+        known = self._peers.get(peer)
+        return known is not None and known.load is not None and known.load.seen_at > since
 
     @property
     def typical_rtt_s(self) -> float:
@@ -178,6 +197,11 @@ class Health:
             known = [peer.rtt_s.value for peer in self._peers.values() if peer.rtt_s.weight]
             self._typical_rtt_s = median(known) if len(known) >= MIN_KNOWN_RTTS else DEFAULT_RTT_S
         return self._typical_rtt_s
+
+    @property
+    def nearest_rtt_s(self) -> float:
+        """What to hope for of a peer that was never measured: to be as near as the nearest."""
+        return min((peer.rtt_s.value for peer in self._peers.values() if peer.rtt_s.weight), default=DEFAULT_RTT_S)
 
     def _touch(self, peer: str) -> _Peer:
         known = self._peers.pop(peer, None) or _Peer()

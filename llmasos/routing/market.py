@@ -106,6 +106,9 @@ class Market:
         now: float,
         rng: Random,
         health: Health,
+        *,
+        hopeful: bool,
+        spread: float,
     ) -> None:
         self._pools = list(pools.values())
         self._request = request
@@ -113,7 +116,8 @@ class Market:
         self._now = now
         self._draw = rng.random
         self._work = request.work
-        self._link_s = self._work.link_s(health.typical_rtt_s)
+        self._spread = spread
+        self._link_s = self._work.link_s(health.nearest_rtt_s if hopeful else health.typical_rtt_s)
         self._typical_fixed_s, self._typical_rate_s = _typical(self._pools, self._work, self._link_s)
         # Peers of which we know more than their records say are asked one by one; with pins there are no others.
         self._known = request.exclude.union(health)
@@ -147,6 +151,7 @@ class Market:
         This is where the time of a plan goes, so it is all in one place and looks at each offer as briefly as it can.
         """
         link_s, now, known, draw, last = self._link_s, self._now, self._known, self._draw, self._end
+        most = self._spread
         typical_fixed_s, typical_rate_s = self._typical_fixed_s, self._typical_rate_s
         steps, prompt, chunks = (float(n) for n in (self._work.new_tokens, self._work.prompt_tokens, self._work.chunks))
         room_needed = self._request.kv_tokens
@@ -164,7 +169,7 @@ class Market:
                 # 2. Draw as in `_bid`, and look again.
                 luck = 2.0 * draw()
                 believed = luck < 1.0
-                spread = 1.0 + SPREAD * (luck if believed else luck - 1.0)
+                spread = 1.0 + most * (luck if believed else luck - 1.0)
                 if rate_s * spread >= best_rate_s[end] and (link_s + rate_s) * spread >= best_one_s[end]:
                     continue
                 # 3. Pass over who cannot serve, or is asked separately.
@@ -194,7 +199,7 @@ class Market:
             luck -= 1.0
             if not proven:
                 fixed_s, rate_s = max(fixed_s, self._typical_fixed_s), max(rate_s, self._typical_rate_s)
-        spread = 1.0 + SPREAD * luck
+        spread = 1.0 + self._spread * luck
         return Bid(fixed_s * spread, rate_s * spread, end, spread, record)
 
 

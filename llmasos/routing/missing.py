@@ -31,8 +31,9 @@ def refusal(
         return "of another checkpoint"
     if not request.allows(record.dtype, record.quantization):
         return f"serving {_text(record.dtype, record.quantization)}"
-    own_tokens = health.observed(record.peer, now, since=record.announced_at).own_tokens
-    if record.kv_free_tokens - own_tokens < request.kv_tokens:
+    seen = health.observed(record.peer, now, since=record.announced_at)
+    free_tokens = record.kv_free_tokens if seen.load is None else seen.load.kv_free_tokens
+    if free_tokens - seen.own_tokens < request.kv_tokens:
         return "full"
     if not request.pin and health.avoided_for(record.peer, now) > 0:
         return "failed a moment ago"

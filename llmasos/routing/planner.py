@@ -20,7 +20,7 @@ from typing import NamedTuple
 from llmasos.errors import MissingBlocksError
 from llmasos.routing.cost import NO_COST, HopCost, Work, hop_cost
 from llmasos.routing.health import Health
-from llmasos.routing.market import Bid, Market, Ride
+from llmasos.routing.market import SPREAD, Bid, Market, Ride
 from llmasos.routing.missing import missing_blocks
 from llmasos.routing.request import RouteRequest
 from llmasos.routing.view import Checkpoint, SwarmView
@@ -69,10 +69,21 @@ class Route:
         return sum(hop.cost.total_s for hop in self.hops)
 
 
-def plan(view: SwarmView, request: RouteRequest, now: float, rng: Random, health: Health | None = None) -> Route:
-    """The cheapest route, or one of those about as cheap. `health` is what this client has seen of peers itself.
+def plan(
+    view: SwarmView,
+    request: RouteRequest,
+    now: float,
+    rng: Random,
+    health: Health | None = None,
+    *,
+    spread: float = SPREAD,
+    hopeful: bool = False,
+) -> Route:
+    """The cheapest route, or one that is dearer by no more than the share `spread`.
 
-    Raises MissingBlocksError, which says for each gap what stands in the way of the peers that have it.
+    `health` is what this client has seen of peers itself; to be `hopeful` is to take peers that it has never measured
+    to be as near as the nearest, and not as far as the typical one. Raises MissingBlocksError, which says for each gap
+    what stands in the way of the peers that have it.
     """
     health = Health() if health is None else health
     checkpoint = _checkpoint(view, request)
@@ -81,7 +92,7 @@ def plan(view: SwarmView, request: RouteRequest, now: float, rng: Random, health
     found: list[tuple[float, list[_Leg]]] = []
     for kinds in [sorted(pools)] if request.mixed else [[kind] for kind in sorted(pools)]:
         together = {kind: pools[kind] for kind in kinds}
-        market = Market(view, together, request, checkpoint, end, now, rng, health)
+        market = Market(view, together, request, checkpoint, end, now, rng, health, hopeful=hopeful, spread=spread)
         cheapest = _cheapest(market, request.start, end)
         if cheapest is not None:
             found.append(cheapest)

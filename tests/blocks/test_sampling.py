@@ -74,6 +74,7 @@ def test_logits_are_not_changed() -> None:
         {"top_p": 1.1},
         {"top_k": -1},
         {"repetition_penalty": 0.0},
+        {"repetition_penalty": 1e-9},
         {"repetition_penalty": float("inf")},
         {"seed": 2**64},
         {"min_p": -0.1},
@@ -88,6 +89,15 @@ def test_logits_are_not_changed() -> None:
 def test_settings_out_of_range_are_refused_by_name(wrong: dict[str, Any]) -> None:
     with pytest.raises(UsageError, match=next(iter(wrong))):
         SamplingParams(**wrong)
+
+
+@pytest.mark.parametrize("temperature", [5e-324, 1e-30, 1e-5])
+def test_hardly_any_temperature_is_greedy(temperature: float) -> None:
+    """Scores divided by next to nothing are no numbers any more."""
+    logits = torch.randn(VOCAB) * 30
+    params = SamplingParams(temperature=temperature, repetition_penalty=0.01, seed=1)
+    greedy = SamplingParams(temperature=0.0, repetition_penalty=0.01)
+    assert Sampler(params)([3, 4], logits) == Sampler(greedy)([3, 4], logits)
 
 
 def test_a_bias_makes_a_token_likely_or_impossible() -> None:

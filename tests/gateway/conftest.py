@@ -12,6 +12,7 @@ from aiohttp.test_utils import TestClient, TestServer
 from llmasos.blocks.registry import ModelSpec, resolve
 from llmasos.client.async_client import AsyncLLMasOS
 from llmasos.client.gateway import Gateway
+from llmasos.client.gateway import serve as listen
 from llmasos.config import ClientConfig, GatewayConfig
 from llmasos.peer.peer import Peer
 from tests.checkpoints import make_checkpoint
@@ -125,6 +126,15 @@ async def tiny_gateway(tiny: ModelSpec) -> AsyncIterator[Served]:
     """The tiny model, served."""
     async with serve(tiny, source=folder_of(tiny)) as served:
         yield served
+
+
+@pytest.fixture
+async def listening(tiny: ModelSpec, tiny_gateway: Served) -> AsyncIterator[str]:
+    """The address of a gateway as `llmasos gateway` starts it."""
+    runner = await listen(tiny_gateway.client, GatewayConfig(port=0, models=(folder_of(tiny),)))
+    host, port = runner.addresses[0][:2]
+    yield f"http://{host}:{port}"
+    await runner.cleanup()
 
 
 def folder_of(spec: ModelSpec) -> str:

@@ -2,7 +2,7 @@
 
 import asyncio
 import json
-from collections.abc import AsyncIterator, Callable
+from collections.abc import Callable
 from io import BytesIO
 from typing import Any
 
@@ -11,24 +11,13 @@ import torch
 from yarl import URL
 
 from llmasos.blocks.registry import ModelSpec
-from llmasos.client.gateway import serve as serve_http
 from llmasos.client.token_bytes import TokenBytes
-from llmasos.config import GatewayConfig
 from llmasos.peer.peer import Peer
 from tests.gateway.conftest import SPANS, Served, folder_of, read_events, serve
 
 HELLO = {"model": "tiny", "messages": [{"role": "user", "content": "hello"}], "max_tokens": 12, "seed": 3}
 GO_ON = {"model": "tiny", "prompt": "ab", "max_tokens": 9, "seed": 3}
 CHAT, COMPLETIONS = "/v1/chat/completions", "/v1/completions"
-
-
-@pytest.fixture
-async def listening(tiny_gateway: Served) -> AsyncIterator[str]:
-    """The address of a gateway as `llmasos gateway` starts it."""
-    runner = await serve_http(tiny_gateway.client, GatewayConfig(port=0))
-    host, port = runner.addresses[0][:2]
-    yield f"http://{host}:{port}"
-    await runner.cleanup()
 
 
 def error_of(body: dict[str, Any]) -> dict[str, Any]:
@@ -212,6 +201,7 @@ async def test_errors_of_http_itself_are_json(tiny_gateway: Served) -> None:
         assert answer.content_type == "application/json"
         assert answer.headers["x-request-id"].startswith("req_")
         error_of(await answer.json())
+    assert (await http.post("/v1/models")).headers["Allow"] == "GET,HEAD"
     named = await http.get("/health", headers={"x-request-id": "mine-7"})
     assert named.headers["x-request-id"] == "mine-7"
     assert "Access-Control-Allow-Origin" not in named.headers
@@ -336,6 +326,17 @@ async def test_a_failure_in_mid_stream_is_an_event(tiny: ModelSpec) -> None:
         first = await answer.content.readuntil(b"\n\n")
         await crash(served.peers, "used", served)
         stream = read_events(first + await answer.read())
+        assert not stream.done
+        assert error_of(stream.chunks[-1])["code"] == "missing_blocks"
+
+
+async def test_the_trace_tells_the_route(tiny_gateway: Served) -> None:
+    answer = await tiny_gateway.http.post(CHAT, json=HELLO, headers={"x-llmasos-trace": "1"})
+    (text,) = (await answer.json())["llmasos"]["texts"]
+    assert [hop["blocks"] for hop in text["route"]] == SPANS
+    assert len(text["token_ids"]) == text["completion_tokens"]
+
+
 def adds_up(trace: dict[str, Any]) -> None:
     told_ms = sum(hop[part] for hop in trace["hops"] for part in ("queue_ms", "compute_ms", "network_ms"))
     assert trace["total_ms"] == pytest.approx(told_ms)
@@ -359,18 +360,6 @@ async def test_the_trace_tells_where_the_time_went(tiny_gateway: Served) -> None
     assert not [name for name in await plain.json() if name.startswith("llmasos")]
 
 
-        assert not stream.done
-        assert error_of(stream.chunks[-1])["code"] == "missing_blocks"
-
-
-async def test_the_trace_tells_the_route(tiny_gateway: Served) -> None:
-    answer = await tiny_gateway.http.post(CHAT, json=HELLO, headers={"x-llmasos-trace": "1"})
-    (text,) = (await answer.json())["llmasos"]["texts"]
-    assert [hop["blocks"] for hop in text["route"]] == SPANS
-    assert len(text["token_ids"]) == text["completion_tokens"]
-        'llmasos_hop_seconds_count{part="compute"} 2.0',
-
-
 async def test_what_is_counted(tiny_gateway: Served) -> None:
     await tiny_gateway.post(CHAT, HELLO)
     page = await (await tiny_gateway.http.get("/metrics")).text()
@@ -380,6 +369,7 @@ async def test_what_is_counted(tiny_gateway: Served) -> None:
         'llmasos_time_to_first_token_seconds_count{model="tiny"} 1.0',
         'llmasos_swarm_weakest_block_peers{model="tiny"} 1.0',
         "llmasos_texts_running 0.0",
+        'llmasos_hop_seconds_count{part="compute"} 2.0',
     ):
         assert line in page
     health = await tiny_gateway.http.get("/health")

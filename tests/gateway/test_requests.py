@@ -104,6 +104,7 @@ def test_schemas_and_past_tool_calls() -> None:
         ({"top_p": 0}, "top_p"),
         ({"top_p": 1.5}, "top_p"),
         ({"top_k": -2}, "top_k"),
+        ({"repetition_penalty": 0.001}, "repetition_penalty"),
         ({"min_p": 2}, "min_p"),
         ({"n": 0}, "n"),
         ({"n": 99}, "n"),

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 import llmasos.client.router
+import llmasos.client.scout
 import llmasos.client.session
 import llmasos.peer.announce
 import llmasos.peer.engine
@@ -44,9 +45,9 @@ def test_the_simulator_runs_the_shipped_modules() -> None:
     assert sim.swarm.Peer is llmasos.peer.peer.Peer
     assert sim.swarm.Session is llmasos.client.session.Session
     assert sim.swarm.Router is llmasos.client.router.Router
-    assert sim.swarm.plan is llmasos.routing.planner.plan
+    assert llmasos.client.scout.plan is llmasos.routing.planner.plan
     assert sim.population.choose_span is llmasos.routing.placement.choose_span
-    assert make_policy("ours", Map(bytes_per_s=1, jitter=0, loss=0), "") is llmasos.routing.planner.plan
+    assert make_policy("ours", Map(bytes_per_s=1, jitter=0, loss=0), "") is None  # the router's own
 
 
 def test_what_runs_is_made_of_the_shipped_classes() -> None:

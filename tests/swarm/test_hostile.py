@@ -217,6 +217,18 @@ def test_nobody_else_can_step_a_session() -> None:
     against_a_peer(scenario)
 
 
+def test_a_stranger_is_told_how_busy_a_peer_is() -> None:
+    async def scenario(stranger: SimNetwork, peer: Peer) -> None:
+        stream = await stranger.connect(Contact(peer.network.peer_id), PROTOCOL)
+        await stream.send(encode(Ping(nonce=3, padding=b"xy")))
+        free = peer.engine.scheduler.kv_free_tokens
+        pong = Pong(nonce=3, padding=b"xy", sessions=1, kv_free_tokens=free)
+        assert decode(await stream.receive()) == pong
+        await stream.close()
+
+    against_a_peer(scenario)
+
+
 def test_a_next_hop_that_does_not_exist() -> None:
     async def scenario(stranger: SimNetwork, peer: Peer) -> None:
         nowhere = NextHop(Contact("12D3KooWnobody", ("/ip4/127.0.0.1/tcp/1",)), "s")
