@@ -7,7 +7,7 @@ import os
 import signal
 import sys
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
 from types import TracebackType
@@ -92,17 +92,28 @@ class LocalSwarm:
         """What Python is given to start the peer of that name, before the options of every peer."""
         return ["-m", "llmasos.peer"]
 
-    async def start_peers(self, spans: Sequence[Span]) -> list[LocalProcess]:
-        """Start one peer a span, all at once: peer1, peer2, … If one fails, the others are stopped."""
+    async def start_peers(
+        self, spans: Sequence[Span], ready: Callable[[LocalProcess], None] = lambda peer: None
+    ) -> list[LocalProcess]:
+        """Start one peer a span, all at once: peer1, peer2, … If one fails, the others are stopped.
+
+        `ready` is told of each as soon as it serves.
+        """
+
+        async def start(name: str, span: Span) -> LocalProcess:
+            peer = await self.start_peer(name, str(span))
+            ready(peer)
+            return peer
+
         starts = [
-            asyncio.create_task(self.start_peer(f"peer{number}", str(span)), name=f"start of peer{number}")
+            asyncio.create_task(start(f"peer{number}", span), name=f"start of peer{number}")
             for number, span in enumerate(spans, start=1)
         ]
         try:
             return await asyncio.gather(*starts)
         except BaseException:
-            for start in starts:
-                start.cancel()
+            for task in starts:
+                task.cancel()
             await asyncio.wait(starts)
             raise
 

@@ -100,14 +100,14 @@ async def _local(args: Namespace) -> None:
     if demo and report.failed:
         raise LLMasOSError(report.errors[0])
     for fewer in smaller:
-        say(f"\nthe same work on {len(fewer)} of them, undisturbed, for comparison")
+        say(f"\nthe same work on {_count(fewer)}, undisturbed, to compare with")
         other = await _play(args, plan, fewer, replace(work, faults=()))
         if other.tokens:
             ratio = report.tokens_per_s / other.tokens_per_s
             report.speedups.append(Speedup(len(fewer), other.tokens_per_s, ratio))
     # 3. What came of it.
     if demo:
-        say("\nstopped every process. Try next:")
+        say("stopped every process. Try next:")
         say(f"  python -m llmasos.peer --blocks 0:{blocks}          # a swarm of your own, of one peer")
         say('  llmasos generate "Once upon a time" --join …  # with the address that it prints')
         return
@@ -134,15 +134,16 @@ async def _play(
         made = LinkedSwarm(plan.among(names), names, model=args.model, show_talk=args.debug)
     async with made as swarm:
         say(f"  {swarm.address}")
-        say(f"starting {len(spans)} peers of {args.model}, each a process of its own: {', '.join(map(str, spans))}")
-        for peer in await swarm.start_peers(spans):
-            say(f"  {peer.name}  {peer.address}")
+        say(f"starting {_count(spans)} of {args.model}, each a process of its own: {', '.join(map(str, spans))}")
+        await swarm.start_peers(spans, ready=lambda peer: say(f"  {peer.name}  {peer.address}"))
         say(f"the swarm is up after {time.monotonic() - begin:.1f} s; generating\n")
         each = None
         if show_text:
             each = _text_of(work.prompts[0], {peer.peer_id: peer.name for peer in swarm.peers.values()})
         done = None if show_text else Tenths("requests")
-        return await run_work(swarm, spans, work, each=each, done=done)
+        report = await run_work(swarm, spans, work, each=each, done=done)
+        say("\nstopping every process")
+    return report
 
 
 def _text_of(prompt: str, names: dict[str, str]) -> "Callable[[Generation], None]":
@@ -161,6 +162,10 @@ def _text_of(prompt: str, names: dict[str, str]) -> "Callable[[Generation], None
         )
 
     return finished
+
+
+def _count(spans: Sequence[Span]) -> str:
+    return "one peer" if len(spans) == 1 else f"{len(spans)} peers"
 
 
 def _names(spans: Sequence[Span]) -> list[str]:
