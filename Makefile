@@ -21,6 +21,14 @@ $(VENV)/installed: pyproject.toml constraints.txt $(NATIVE)
 
 install: $(VENV)/installed  ## Build .venv with everything that is needed
 
+$(VENV)/clients: $(VENV)/installed
+	$(PY) -c "import tomllib; found = tomllib.load(open('pyproject.toml', 'rb'))['project']; \
+		print(*found['optional-dependencies']['clients'], sep='\n')" > $@.txt
+	$(PY) -m pip install --quiet --constraint constraints.txt --requirement $@.txt
+	touch $@
+
+clients: $(VENV)/clients  ## Install other people's clients, which tests try out on the gateway
+
 browser:  ## Install Debian's Chromium for the tests of the page, where that can be done
 	command -v chromium >/dev/null || { [ "$$(id -u)" = 0 ] && apt-get update -qq && apt-get install -y -qq chromium; } \
 		|| echo "no chromium here: the tests of the page will be skipped"
@@ -28,7 +36,7 @@ browser:  ## Install Debian's Chromium for the tests of the page, where that can
 demo: install  ## Start a bootstrap and three peers, generate text through them, stop them
 	$(PY) -m sim local --peers 3
 
-test: install  ## Run the whole test suite
+test: install clients  ## Run the whole test suite
 	OMP_NUM_THREADS=1 $(PY) -m pytest --numprocesses 2 --dist loadfile
 
 quick: install  ## Run the tests that start no process
@@ -62,4 +70,4 @@ bench: install  ## Print the measured ratios (minutes; run nothing beside it)
 clean:  ## Remove what was built
 	rm -rf $(VENV) build dist *.egg-info llmasos/blocks/native/_kernels.so .mypy_cache .ruff_cache .pytest_cache .hypothesis
 
-.PHONY: help install browser demo test quick lint types docs-check docs static check format bench clean
+.PHONY: help install clients browser demo test quick lint types docs-check docs static check format bench clean
