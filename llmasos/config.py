@@ -113,6 +113,9 @@ class PeerConfig:
     """Rows of one forward pass. Large enough that a prompt runs at the speed of matrix products, small enough that
     a decoding session beside it waits for one pass of it at most."""
     drain_timeout_s: float = 30.0
+    metrics_port: int | None = None
+    """Where Prometheus may look; None shows nothing."""
+    metrics_host: str = "127.0.0.1"
     network: NetworkConfig = field(default_factory=NetworkConfig)
 
 

@@ -59,8 +59,8 @@ SIMULATED = [
     *(f"llmasos.client.{name}" for name in ("session", "connections", "events", "flights", "hop", "hops", "router")),
 ]
 """Runs unchanged under virtual time: clocks, sleeping and chance come in through a seam."""
-REAL = ["llmasos.peer.torch_runner", "llmasos.peer.serve", "llmasos.peer.__main__"]
-"""The real side of the Runner seam, and where a process begins."""
+REAL = ["llmasos.peer.torch_runner", "llmasos.peer.metrics", "llmasos.peer.serve", "llmasos.peer.__main__"]
+"""The real side of the Runner seam, what a process shows, and where it begins."""
 CLOCKS = {"time", "time_ns", "monotonic", "monotonic_ns", "perf_counter", "perf_counter_ns", "process_time", "sleep"}
 CHANCE = {"Random"}
 """The only name of `random` in use: a generator that somebody seeds and hands in."""

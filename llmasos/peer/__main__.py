@@ -39,6 +39,8 @@ def _config(args: Namespace) -> PeerConfig:
         kv_tokens=args.kv_tokens,
         max_batch_tokens=args.max_batch_tokens,
         drain_timeout_s=args.drain_timeout,
+        metrics_host=args.metrics_host,
+        metrics_port=args.metrics_port,
         network=NetworkConfig(host=args.host, port=args.port, join=tuple(args.join), identity=args.identity),
     )
 
@@ -74,6 +76,15 @@ def build_parser() -> ArgumentParser:
     args.add_argument(
         "--drain-timeout", type=seconds, default=PeerConfig().drain_timeout_s, metavar="S", help="grace on stopping"
     )
+    args.add_argument(
+        "--metrics-port", type=whole(0), metavar="PORT", help="show Prometheus what this peer does (default: do not)"
+    )
+    args.add_argument(
+        "--metrics-host",
+        default=PeerConfig().metrics_host,
+        metavar="HOST",
+        help="address to do that on; whoever reaches it may look (default: %(default)s)",
+    )
     args.add_argument("--log-format", default="pretty", choices=["pretty", "json"], help="(default: %(default)s)")
     return args
 
@@ -82,8 +93,8 @@ def main(arguments: Sequence[str] | None = None, wrap: Wrap | None = None) -> No
     """The command line; see `serve`."""
     args = build_parser()
     parsed = args.parse_args(arguments)
-    if parsed.port > 65_535:
-        args.error("--port: there are no ports above 65535")
+    if max(parsed.port, parsed.metrics_port or 0) > 65_535:
+        args.error("there are no ports above 65535")
     set_up_logging(debug=parsed.debug, form=parsed.log_format)
     run(partial(serve, wrap=wrap), parsed)
 

@@ -20,6 +20,7 @@ from llmasos.peer.announce import Announcer
 from llmasos.peer.handler import Served
 from llmasos.peer.peer import Peer
 from llmasos.peer.runner import Runner, Speed
+from llmasos.peer.watcher import Watcher
 from llmasos.routing.directory import Directory
 from llmasos.routing.placement import Move, better_span
 from llmasos.routing.records import PeerRecord, PeerState
@@ -109,6 +110,8 @@ class Resident:
         self._moves = moves
         self.moved = 0
         self.peer: Peer | None = None
+        self.watcher = Watcher()
+        """Hears what each of the peers does that live here."""
 
     async def live(self, span: Span, speed: Speed | None, dtype: str, stop: asyncio.Event) -> None:
         """Serve `span`, then whatever is needed more. `speed` is what is known before its blocks have been measured,
@@ -129,7 +132,14 @@ class Resident:
 
     async def _serve(self, loaded: Loaded, stop: asyncio.Event) -> tuple[Span | None, Speed, str]:
         """Be a peer until it is time to go; where to, and what is known of this machine by then."""
-        peer = Peer(self._network, loaded.runner, self._served, self._config, kv_tokens=loaded.kv_tokens)
+        peer = Peer(
+            self._network,
+            loaded.runner,
+            self._served,
+            self._config,
+            kv_tokens=loaded.kv_tokens,
+            watcher=self.watcher,
+        )
         async with peer:
             self.peer = peer
             await self._host.ready(peer)

@@ -3,7 +3,8 @@
 import asyncio
 import random
 import secrets
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
 from functools import partial
 
 from llmasos.blocks.devices import free_memory_bytes, resolve_device, resolve_dtype
@@ -16,6 +17,7 @@ from llmasos.errors import UsageError
 from llmasos.network import Network, Wrap
 from llmasos.p2p import P2PNetwork
 from llmasos.peer.handler import Served
+from llmasos.peer.metrics import PeerMetrics
 from llmasos.peer.peer import Peer
 from llmasos.peer.resident import Loaded, Resident
 from llmasos.peer.runner import Speed
@@ -57,8 +59,20 @@ async def serve(config: PeerConfig, wrap: Wrap | None = None) -> None:
         host = _Host(network, directory, load, config)
         moves = wanted is None and config.network.listen
         resident = Resident(network, served, config, host, directory, rng, moves=moves)
-        await resident.live(span, speed, dtype_name, stop)
+        async with _watched(config, resident, host):
+            await resident.live(span, speed, dtype_name, stop)
     say("stopped")
+
+
+@asynccontextmanager
+async def _watched(config: PeerConfig, resident: Resident, host: "_Host") -> AsyncIterator[None]:
+    """Count what the peer does, and show it to Prometheus, if that is wanted."""
+    if config.metrics_port is None:
+        yield
+        return
+    metrics = resident.watcher = PeerMetrics(lambda: resident.peer)
+    async with metrics.serve(config.metrics_host, config.metrics_port) as host.metrics_url:
+        yield
 
 
 class _Host:
@@ -73,6 +87,7 @@ class _Host:
         self._config = config
         self._blocks: DecoderBlocks
         self._introduced = False
+        self.metrics_url = ""
 
     async def load(self, span: Span) -> Loaded:
         """See `Host.load`."""
@@ -87,6 +102,8 @@ class _Host:
             show(self._network.multiaddr)
             self._introduced = True
         _say_ready(peer, self._blocks, self._directory, self._network.multiaddr)
+        if self.metrics_url:
+            say(f"  metrics  {self.metrics_url}")
 
     def leaving(self, going_to: Span | None) -> None:
         """See `Host.leaving`."""

@@ -1,0 +1,82 @@
+"""What runs can be watched: a peer's metrics, from a real process."""
+
+import asyncio
+import json
+import re
+import urllib.request
+
+from prometheus_client.parser import text_string_to_metric_families
+
+from llmasos.config import NetworkConfig
+from llmasos.local import LocalProcess
+from llmasos.multiaddr import parse_multiaddr
+from llmasos.p2p import P2PNetwork
+from llmasos.wire import PROTOCOL, Failed, Open, decode, encode
+from sim.local import LocalSwarm
+from tests.processes.conftest import command
+from tests.test_cli import free_port
+
+
+async def metrics_at(port: int) -> dict[str, float]:
+    """By name and labels, as Prometheus would read them."""
+
+    def read() -> str:
+        with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=10) as page:
+            return str(page.read().decode())
+
+    return {
+        sample.name + "".join(f" {key}={value}" for key, value in sorted(sample.labels.items())): sample.value
+        for family in text_string_to_metric_families(await asyncio.to_thread(read))
+        for sample in family.samples
+    }
+
+
+async def be_refused(peer: LocalProcess) -> None:
+    """Ask for a session of a model that is not there."""
+    async with await P2PNetwork.create(NetworkConfig(listen=False)) as stranger:
+        await stranger.join([peer.address])
+        stream = await stranger.connect(parse_multiaddr(peer.address), PROTOCOL)
+        await stream.send(encode(Open(session="s", digest="another", dtype="float32", start=0, end=3, tokens=9)))
+        assert isinstance(decode(await stream.receive()), Failed)
+
+
+async def test_a_peer_counts_what_it_does(swarm: LocalSwarm) -> None:
+    port = free_port()
+    peer = await swarm.start_peer("watched", "0:30", "--metrics-port", str(port), "--kv-tokens", "500")
+    before = await metrics_at(port)
+    assert before["llmasos_peer_kv_free_tokens"] == 500
+    assert before["llmasos_peer_tokens_total"] == 0
+    about = next(name for name in before if name.startswith("llmasos_peer_info"))
+    assert "blocks=0:30" in about
+    assert f"peer={peer.peer_id}" in about
+    options = ("--join", swarm.address, "--max-new-tokens")
+    done = await command("llmasos", "generate", "The world is", *options, "10", "--json")
+    assert done.code == 0, done.stderr
+    await be_refused(peer)
+    after = await metrics_at(port)
+    assert after["llmasos_peer_tokens_total"] >= 3 + 9  # the prompt, and each token but the last
+    assert after["llmasos_peer_pass_seconds_count"] == after["llmasos_peer_batch_tokens_count"] >= 2
+    assert after["llmasos_peer_batch_tokens_sum"] == after["llmasos_peer_tokens_total"]
+    assert 0 < after["llmasos_peer_pass_seconds_sum"] < 60
+    assert after["llmasos_peer_queue_seconds_count"] >= 10
+    assert after["llmasos_peer_sessions_refused_total reason=unsupported"] == 1
+    assert (after["llmasos_peer_sessions"], after["llmasos_peer_kv_used_tokens"]) == (0, 0)
+    assert after["process_resident_memory_bytes"] > 1e8
+
+
+async def test_a_port_that_is_taken_is_refused_by_name(swarm: LocalSwarm) -> None:
+    server = await asyncio.start_server(lambda reader, writer: None, "127.0.0.1", port := free_port())
+    async with server:
+        done = await command("-m", "llmasos.peer", "--blocks", "0:1", "--metrics-port", str(port))
+    assert done.code == 2
+    assert f"port {port}" in done.stderr
+    assert "--metrics-port" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+async def test_json_logs_are_objects(swarm: LocalSwarm) -> None:
+    """Talk to people is no log; with --log-format json, what is logged is one object a line."""
+    peer = await swarm.start_peer("logged", "0:2", "--log-format", "json", "--debug")
+    objects = [json.loads(line) for line in peer.stderr if re.match(r"\{", line)]
+    assert objects
+    assert all({"time", "level", "logger", "message"} <= set(entry) for entry in objects)
