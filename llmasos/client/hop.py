@@ -6,13 +6,10 @@ import logging
 from llmasos.config import PONG_TIMEOUT_S, SEND_TIMEOUT_S, SLOW_LINK_BYTES_PER_S
 from llmasos.errors import (
     ConnectionLostError,
-    LLMasOSError,
     PeerError,
     PeerFaultError,
     PeerRefusedError,
     PeerTimeoutError,
-    UsageError,
-    short_id,
 )
 from llmasos.network import Network, Stream
 from llmasos.routing.health import Ticket
@@ -147,15 +144,8 @@ def _wake(waiter: asyncio.Future[None]) -> None:
         waiter.set_result(None)
 
 
-def as_error(peer: str, message: AnyMessage) -> LLMasOSError:
-    """The error that a peer's answer amounts to: a UsageError when it blames us, else a PeerError."""
-    if isinstance(message, Failed) and message.code == "bad_request":
-        return UsageError(f"peer {short_id(peer)}: {message.message}")
-    return as_peer_error(peer, message)
-
-
 def as_peer_error(peer: str, message: AnyMessage) -> PeerError:
-    """The same, for answers to what cannot be our mistake."""
+    """The error that a peer's answer amounts to, whatever it says of us."""
     if not isinstance(message, Failed):
         return PeerFaultError(peer, f"answered with {type(message).__name__}")
     match message.code:

@@ -22,15 +22,24 @@ from dataclasses import replace
 from types import TracebackType
 from typing import Self
 
+from llmasos.client.blame import Blame
 from llmasos.client.connections import Connections
 from llmasos.client.events import Event, HandedOver, OnEvent, Rerouted, Waiting, ignore
 from llmasos.client.flights import Flight, Flights
-from llmasos.client.hop import HopLink, as_error
+from llmasos.client.hop import HopLink, as_peer_error
 from llmasos.client.hops import Hops
 from llmasos.client.router import Router
 from llmasos.client.trace import Tracer
 from llmasos.config import HAND_OVER_RETRY_S, MAX_ROWS_IN_FLIGHT, ClientConfig
-from llmasos.errors import ConnectionLostError, PeerError, PeerFaultError, PeerTimeoutError, SwarmError, UsageError
+from llmasos.errors import (
+    ConnectionLostError,
+    MissingBlocksError,
+    PeerError,
+    PeerFaultError,
+    PeerTimeoutError,
+    SwarmError,
+    UsageError,
+)
 from llmasos.history import History
 from llmasos.network import Network
 from llmasos.routing.planner import Hop, Route, RouteRequest
@@ -75,6 +84,7 @@ class Session:
         self._flights = Flights(network.now)
         self._steps = itertools.count()
         self._names = itertools.count()
+        self._blame = Blame()
         self._connections = Connections(network, router, config, self._hear, self._on_lost)
 
     @property
@@ -113,7 +123,8 @@ class Session:
         """Send `rows`, (tokens, hidden), through all blocks; returns the last `keep` of what comes out.
 
         They take the positions from `position` on (by default behind the last): a lower one rolls the session back.
-        Raises MissingBlocksError when a lost hop cannot be replaced, UsageError when a peer refuses the rows.
+        Raises MissingBlocksError when a lost hop cannot be replaced, UsageError when two peers refuse the rows,
+        or one for which there is no other.
         """
         start = self._answered if position is None else position
         if not 0 <= start <= self._answered:
@@ -122,6 +133,7 @@ class Session:
             return rows
         self._inputs.write(start, rows)
         self._answered = start
+        self._blame.clear()
         kept: list[Tensor] = []
         await self._until_it_works(lambda: self._advance(keep, kept))
         return join_rows(kept) if kept else rows.rows(0, 0)
@@ -257,8 +269,13 @@ class Session:
             self._connections.leave(hop)
         try:
             planned = await self._router.plan(
-                self._request, missing, patient=self._answered > 0, on_event=self._tell_of_waiting
+                self._blame.asked_of_others(self._request),
+                missing,
+                patient=self._answered > 0 and self._blame.error is None,
+                on_event=self._tell_of_waiting,
             )
+        except MissingBlocksError as error:
+            raise (self._blame.error or error) from None
         finally:
             self.waiting = None
         newcomers = self._newcomers(planned)
@@ -363,11 +380,10 @@ class Session:
             case Failed(code="next_hop_lost") if message.step in self._flights:
                 self._cut_off(hop, message.message)
             case Failed() if message.step is None or message.step in self._flights:
-                error = as_error(hop.plan.peer, message)
-                if isinstance(error, PeerError):
-                    self._connections.lose(hop, error)
+                if message.code == "bad_request" and (ours := self._blame.believed(hop.plan.peer, message.message)):
+                    self._flights.fail(ours)
                 else:
-                    self._flights.fail(error)
+                    self._connections.lose(hop, as_peer_error(hop.plan.peer, message))
             case Failed():
                 log.debug("session %s: a stale failure: %s", self._id, message.message)
             case _:
