@@ -5,7 +5,7 @@ from argparse import ArgumentParser, Namespace
 from pathlib import Path
 
 from llmasos.config import NetworkConfig
-from llmasos.console import parser, run, say, set_up_logging, show, stop_signal, whole
+from llmasos.console import add_log_format, parser, run, say, set_up_logging, show, stop_signal, whole
 from llmasos.errors import LLMasOSError
 from llmasos.p2p import P2PNetwork
 
@@ -38,6 +38,7 @@ def build_parser() -> ArgumentParser:
     args.add_argument("--host", default="127.0.0.1", help="address to listen on (default: %(default)s)")
     args.add_argument("--port", type=whole(0), default=0, help="port to listen on; 0 takes a free one")
     args.add_argument("--identity", type=Path, help="key file; made when it is missing, so that the address stays")
+    add_log_format(args)
     return args
 
 
@@ -45,7 +46,7 @@ def main() -> None:
     """The command line."""
     args = build_parser()
     parsed = args.parse_args()
-    set_up_logging(debug=parsed.debug)
+    set_up_logging(debug=parsed.debug, form=parsed.log_format)
     if parsed.port > 65_535:
         args.error("--port: there are no ports above 65535")
     run(serve, parsed)

@@ -220,7 +220,7 @@ def build_parser() -> ArgumentParser:
 def main() -> None:
     """The entry point."""
     args = build_parser().parse_args()
-    set_up_logging(debug=args.debug)
+    set_up_logging(debug=args.debug, form=getattr(args, "log_format", "pretty"))
     run(COMMANDS[args.command].run, args)
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from llmasos.config import GatewayConfig
-from llmasos.console import say, show, stop_signal, whole
+from llmasos.console import add_log_format, say, show, stop_signal, whole
 from llmasos.errors import LLMasOSError, UsageError
 from llmasos.local import LocalSwarm, split_evenly
 
@@ -31,6 +31,7 @@ def _add_listen(command: ArgumentParser) -> None:
     command.add_argument(
         "--max-waiting", type=whole(0), default=config.max_waiting, help="requests that may wait (default: %(default)s)"
     )
+    add_log_format(command)
 
 
 def add_gateway(command: ArgumentParser) -> None:

@@ -11,15 +11,22 @@ from collections.abc import Callable, Coroutine, Iterator
 from contextlib import contextmanager
 from typing import Any, NoReturn
 
-import msgspec
 import uvloop
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
 
 from llmasos.errors import LLMasOSError, UsageError
+from llmasos.logs import JsonFormatter
 
 talk = Console(stderr=True, highlight=False, soft_wrap=True, emoji=False)
 """Everything that is not data. Colours only on a terminal, and never with NO_COLOR."""
+
+log = logging.getLogger(__name__)
+
+LOG_FORMATS = ("pretty", "json")
+LOG_FORMAT = "LLMASOS_LOG_FORMAT"
+
+_talk_is_logged = False
 
 QUIET_S = 2.0
 """A wait shorter than this needs no progress bar."""
@@ -29,9 +36,12 @@ ProgressCallback = Callable[[int, int], None]
 DEBUG_HELP = "log everything, and show tracebacks"
 
 
-def say(text: str = "", *, style: str | None = None) -> None:
+def say(text: str = "", *, style: str | None = None, level: int = logging.INFO) -> None:
     """A line of talk; square brackets in it mean nothing."""
-    talk.print(text, style=style, markup=False)
+    if _talk_is_logged:
+        log.log(level, "%s", text.strip())
+    else:
+        talk.print(text, style=style, markup=False)
 
 
 def show(data: str) -> None:
@@ -96,9 +106,9 @@ def run(work: Callable[[Namespace], Coroutine[Any, Any, None] | None], args: Nam
     except LLMasOSError as error:
         if args.debug:
             talk.print_exception()
-        say(f"error: {error.message}", style="bold red")
+        say(f"error: {error.message}", style="bold red", level=logging.ERROR)
         if error.hint:
-            say(f"  {error.hint}")
+            say(f"  {error.hint}", level=logging.ERROR)
         leave(2 if isinstance(error, UsageError) else 1)
     except KeyboardInterrupt:
         leave(130)
@@ -132,7 +142,7 @@ def stop_signal() -> asyncio.Event:
 def progress(what: str) -> Iterator[ProgressCallback]:
     """A callback for (done, total) bytes: a bar on a terminal, a line per tenth elsewhere, nothing if it is quick."""
     begin = time.monotonic()
-    if talk.is_terminal:
+    if talk.is_terminal and not _talk_is_logged:
         columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TimeRemainingColumn())
         with Progress(*columns, console=talk, transient=True) as bar:
             task = bar.add_task(what, total=None, visible=False)
@@ -154,26 +164,25 @@ def progress(what: str) -> Iterator[ProgressCallback]:
     yield report
 
 
-class _JsonFormatter(logging.Formatter):
-    """One JSON object a line, for machines."""
-
-    def format(self, record: logging.LogRecord) -> str:
-        fields: dict[str, Any] = {
-            "time": record.created,
-            "level": record.levelname.lower(),
-            "logger": record.name,
-            "message": record.getMessage(),
-        }
-        if record.exc_info:
-            fields["traceback"] = self.formatException(record.exc_info)
-        return msgspec.json.encode(fields).decode()
+def add_log_format(command: ArgumentParser) -> None:
+    """The option of every command that stays."""
+    command.add_argument("--log-format", choices=LOG_FORMATS, help=f"(default: ${LOG_FORMAT}, else pretty)")
 
 
-def set_up_logging(*, debug: bool, form: str = "pretty") -> None:
-    """Send logs to stderr: ours from INFO, those of libraries from WARNING; everything with `debug`."""
+def set_up_logging(*, debug: bool, form: str | None = None) -> None:
+    """Send logs to stderr: ours from INFO, those of libraries from WARNING; everything with `debug`.
+
+    `form` pretty is for people. With json, or $LLMASOS_LOG_FORMAT, each line of stderr is an object, talk as well.
+    """
+    global _talk_is_logged
+    form = form or os.environ.get(LOG_FORMAT) or "pretty"
+    if form not in LOG_FORMATS:
+        say(f"error: {LOG_FORMAT} is {form!r}: it must be {' or '.join(LOG_FORMATS)}", style="bold red")
+        leave(2)
     handler = logging.StreamHandler(sys.stderr)
-    if form == "json":
-        handler.setFormatter(_JsonFormatter())
+    _talk_is_logged = form == "json"
+    if _talk_is_logged:
+        handler.setFormatter(JsonFormatter())
     else:
         handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)-7s %(message)s", "%H:%M:%S"))
     logging.basicConfig(level=logging.DEBUG if debug else logging.WARNING, handlers=[handler], force=True)

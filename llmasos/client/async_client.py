@@ -19,6 +19,7 @@ from llmasos.client.router import Router
 from llmasos.client.session import Session
 from llmasos.config import ClientConfig, NetworkConfig
 from llmasos.errors import UsageError
+from llmasos.logs import about
 from llmasos.network import Network
 from llmasos.p2p import P2PNetwork
 from llmasos.routing.directory import Directory
@@ -328,10 +329,11 @@ class AsyncLLMasOS:
             dtype=self._config.dtype,
             quantization=self._config.quantization,
         )
-        async with Session(
-            self._network, router, request, self._config, on_event=on_event or self._on_event, trace=trace
-        ) as session:
-            yield Dialogue(session)
+        on_event = on_event or self._on_event
+        session = Session(self._network, router, request, self._config, on_event=on_event, trace=trace)
+        with about(session=session.label):
+            async with session:
+                yield Dialogue(session)
 
     async def generator(self, model_name: str) -> Generator:
         """The ends of a model on this machine, loaded when first asked for."""

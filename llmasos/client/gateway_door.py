@@ -1,5 +1,6 @@
 """What every request passes: a name for it, who sends it, and errors that are always JSON of one form."""
 
+import asyncio
 import ipaddress
 import logging
 import math
@@ -15,6 +16,7 @@ from llmasos.client.gateway_metrics import Metrics
 from llmasos.client.openai_fields import ApiError, as_api_error, error_body
 from llmasos.config import GatewayConfig
 from llmasos.errors import LLMasOSError
+from llmasos.logs import about
 
 log = logging.getLogger(__name__)
 
@@ -42,12 +44,14 @@ class Door:
 
         @web.middleware
         async def pass_through(request: web.Request, handler: Handler) -> web.StreamResponse:
-            return await self._pass(request, handler)
+            request[ID] = _request_id(request)
+            with about(request=request[ID]):
+                return await self._pass(request, handler)
 
         return pass_through
 
     async def _pass(self, request: web.Request, handler: Handler) -> web.StreamResponse:
-        request[ID] = _request_id(request)
+        begin = asyncio.get_running_loop().time()
         try:
             if request.method == "OPTIONS" and self._allowed_origin(request):
                 response: web.StreamResponse = web.Response(status=204)
@@ -74,6 +78,9 @@ class Door:
             response.headers.update(self.headers(request))
         route = request.match_info.route.resource
         self._metrics.requests.labels(route.canonical if route is not None else "other", str(response.status)).inc()
+        if request.method == "POST":
+            spent_ms = 1e3 * (asyncio.get_running_loop().time() - begin)
+            log.info("%s is answered with %d after %.0f ms", request.path, response.status, spent_ms)
         return response
 
     def headers(self, request: web.Request) -> dict[str, str]:

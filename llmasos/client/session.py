@@ -41,6 +41,7 @@ from llmasos.errors import (
     UsageError,
 )
 from llmasos.history import History
+from llmasos.logs import session_label
 from llmasos.network import Network
 from llmasos.routing.planner import Hop, Route, RouteRequest
 from llmasos.span import Span
@@ -78,6 +79,7 @@ class Session:
         self._request = request
         self._config = config
         self._id = router.new_session_id()
+        self.label = session_label(self._id)
         self._hops = Hops(request.model_blocks)
         self._inputs = History()
         self._answered = 0  # positions below this are answered, and cached on every hop that is not lagging
@@ -99,7 +101,7 @@ class Session:
 
     async def __aenter__(self) -> Self:
         """Build a route and open a session on each of its hops. Raises MissingBlocksError when there is none."""
-        self._connections.start(lambda: self._hops.everybody, f"session {self._id}")
+        self._connections.start(lambda: self._hops.everybody, f"session {self.label}")
         try:
             await self._until_it_works(self._mend)
         except BaseException:
@@ -215,7 +217,7 @@ class Session:
             try:
                 return await attempt()
             except PeerError as error:
-                log.info("session %s: %s", self._id, error.message)
+                log.info("session %s: %s", self.label, error.message)
                 if left == 0:
                     raise
             finally:
@@ -257,7 +259,7 @@ class Session:
             return
         await self._connections.probe([following])
         if following.lost is None:
-            log.info("session %s: relaying from block %d on", self._id, hop.plan.span.end)
+            log.info("session %s: relaying from block %d on", self.label, hop.plan.span.end)
             hop.relay = True
 
     async def _replace(self, missing: list[Span]) -> None:
@@ -309,7 +311,7 @@ class Session:
         try:
             planned = await self._router.plan(request, [old.plan.span], patient=False)
         except SwarmError as error:
-            log.info("session %s stays on %s until it goes: %s", self._id, old.plan.peer, error.message)
+            log.info("session %s stays on %s until it goes: %s", self.label, old.plan.peer, error.message)
             return
         if old not in self._hops or old.lost is not None:
             return
@@ -375,7 +377,7 @@ class Session:
                     return  # of a step that has been sent anew since
                 self._take(hop, message, flight)
             case Draining():
-                log.info("session %s: %s drains", self._id, hop.plan.peer)
+                log.info("session %s: %s drains", self.label, hop.plan.peer)
                 hop.draining = True
             case Failed(code="next_hop_lost") if message.step in self._flights:
                 self._cut_off(hop, message.message)
@@ -385,7 +387,7 @@ class Session:
                 else:
                     self._connections.lose(hop, as_peer_error(hop.plan.peer, message))
             case Failed():
-                log.debug("session %s: a stale failure: %s", self._id, message.message)
+                log.debug("session %s: a stale failure: %s", self.label, message.message)
             case _:
                 self._connections.lose(hop, PeerFaultError(hop.plan.peer, f"sent {type(message).__name__}"))
 

@@ -6,7 +6,7 @@ from functools import partial
 from pathlib import Path
 
 from llmasos.config import NetworkConfig, PeerConfig
-from llmasos.console import parser, run, say, seconds, set_up_logging, whole
+from llmasos.console import add_log_format, parser, run, say, seconds, set_up_logging, whole
 from llmasos.network import Wrap
 from llmasos.span import Span
 
@@ -85,7 +85,7 @@ def build_parser() -> ArgumentParser:
         metavar="HOST",
         help="address to do that on; whoever reaches it may look (default: %(default)s)",
     )
-    args.add_argument("--log-format", default="pretty", choices=["pretty", "json"], help="(default: %(default)s)")
+    add_log_format(args)
     return args
 
 

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 from llmasos.config import ATTACH_TIMEOUT_S, SESSION_LEASE_S
 from llmasos.errors import ConnectionLostError, UsageError, short_id
+from llmasos.logs import about, session_label
 from llmasos.network import Network, Stream
 from llmasos.peer.engine import Engine
 from llmasos.peer.scheduler import KvFullError
@@ -91,9 +92,11 @@ class Handler:
                 first = decode(await stream.receive())
             match first:
                 case Open():
-                    await self._serve_client(stream, first)
+                    with about(session=session_label(first.session)):
+                        await self._serve_client(stream, first)
                 case Attach():
-                    await self._serve_upstream(stream, first)
+                    with about(session=session_label(first.session)):
+                        await self._serve_upstream(stream, first)
                 case Ping():
                     await self._serve_pings(stream, first)
                 case _:
@@ -111,6 +114,7 @@ class Handler:
     async def _serve_client(self, stream: Stream, request: Open) -> None:
         refusal = self._refusal(request)
         if refusal is not None:
+            log.info("peer %s is refused a session: %s", short_id(stream.peer), refusal.message)
             self._watcher.refused("draining" if refusal.code == "refused" else refusal.code)
             await stream.send(encode(refusal))
             return
@@ -126,8 +130,12 @@ class Handler:
         self._sessions[request.session] = session
         try:
             await self._notify()
+            log.debug(
+                "a session of %s begins: blocks %s, %d tokens", short_id(stream.peer), session.span, request.tokens
+            )
             await self._read_client(stream, session)
         finally:
+            log.debug("the session ends")
             del self._sessions[request.session]
             await session.close()
             await self._notify()

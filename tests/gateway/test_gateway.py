@@ -12,6 +12,7 @@ from yarl import URL
 
 from llmasos.blocks.registry import ModelSpec
 from llmasos.client.token_bytes import TokenBytes
+from llmasos.logs import JsonFormatter
 from llmasos.peer.peer import Peer
 from tests.gateway.conftest import SPANS, Served, folder_of, read_events, serve
 
@@ -358,6 +359,21 @@ async def test_the_trace_tells_where_the_time_went(tiny_gateway: Served) -> None
     adds_up(told[0])
     plain = await tiny_gateway.http.post(CHAT, json=HELLO)
     assert not [name for name in await plain.json() if name.startswith("llmasos")]
+
+
+async def test_what_is_logged_says_of_which_request_and_session(
+    tiny_gateway: Served, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.handler.setFormatter(JsonFormatter())
+    caplog.set_level("DEBUG", "llmasos")
+    for name in ("one", "two"):
+        await tiny_gateway.post(CHAT, HELLO, **{"x-request-id": name})
+    await tiny_gateway.kv_is_free()
+    entries = [json.loads(line) for line in caplog.text.splitlines() if line.startswith("{")]
+    answered = [entry["request"] for entry in entries if "is answered with 200" in entry["message"]]
+    assert answered == ["one", "two"]
+    begun = [entry["session"] for entry in entries if " begins: " in entry["message"]]
+    assert [begun.count(session) for session in sorted(set(begun))] == [2, 2]  # two sessions, on two peers each
 
 
 async def test_what_is_counted(tiny_gateway: Served) -> None:

@@ -2,13 +2,13 @@
 
 import asyncio
 import json
-import re
 import urllib.request
 
 from prometheus_client.parser import text_string_to_metric_families
 
 from llmasos.config import NetworkConfig
 from llmasos.local import LocalProcess
+from llmasos.logs import session_label
 from llmasos.multiaddr import parse_multiaddr
 from llmasos.p2p import P2PNetwork
 from llmasos.wire import PROTOCOL, Failed, Open, decode, encode
@@ -74,9 +74,12 @@ async def test_a_port_that_is_taken_is_refused_by_name(swarm: LocalSwarm) -> Non
     assert "Traceback" not in done.stderr
 
 
-async def test_json_logs_are_objects(swarm: LocalSwarm) -> None:
-    """Talk to people is no log; with --log-format json, what is logged is one object a line."""
+async def test_with_json_every_line_of_a_peer_is_an_object(swarm: LocalSwarm) -> None:
     peer = await swarm.start_peer("logged", "0:2", "--log-format", "json", "--debug")
-    objects = [json.loads(line) for line in peer.stderr if re.match(r"\{", line)]
-    assert objects
-    assert all({"time", "level", "logger", "message"} <= set(entry) for entry in objects)
+    await be_refused(peer)
+    assert await swarm.stop("logged") == 0
+    entries = [json.loads(line) for line in peer.stderr]
+    assert all({"time", "level", "logger", "message"} <= set(entry) for entry in entries)
+    assert "stopped" in [entry["message"] for entry in entries]
+    (refused,) = [entry for entry in entries if "refused a session" in entry["message"]]
+    assert refused["session"] == session_label("s")
