@@ -94,14 +94,14 @@ class Router:
 
     def round_trip_s(self, peer: str) -> float:
         """To a peer and back, as measured; what is usual for one that has not been."""
-        return self.health.observed(peer, self._network.now()).rtt_s
+        return self.health.rtt_s(peer)
 
     def saw_step(self, hops: Sequence[tuple[str, int]], seconds: float) -> None:
         """One row went through all hops, (peer, blocks) each, and came back. The links between them are not
         measured: each counts like the mean of ours.
         """
         now = self._network.now()
-        rtts = [self.health.observed(peer, now).rtt_s for peer, _ in hops]
+        rtts = [self.health.rtt_s(peer) for peer, _ in hops]
         links_s = (rtts[0] + rtts[-1]) / 2 + (len(hops) - 1) * fmean(rtts) / 2
         self.health.saw_route(hops, max(seconds - links_s, 0.0), now)
 

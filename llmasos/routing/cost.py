@@ -160,23 +160,54 @@ class HopCost:
 NO_COST = HopCost()
 
 
-def hop_cost(record: PeerRecord, blocks: int, work: Work, observed: Observed = UNKNOWN) -> HopCost:
-    """What `blocks` blocks of this peer cost the request. Linear in `blocks`."""
-    seen, load, span_blocks = observed.weight, observed.load, len(record.span)
+class _Shares(NamedTuple):
+    """What a hop costs: `_s` once, `_per_block_s` for each block."""
+
+    link_s: float
+    wait_s: float
+    own_s: float
+    risk_s: float
+    compute_per_block_s: float
+    wait_per_block_s: float
+    own_per_block_s: float
+
+
+def _shares(record: PeerRecord, work: Work, observed: Observed) -> _Shares:
+    seen, load, own, row_s = observed.weight, observed.load, observed.own_sessions, record.row_seconds
+    span_blocks, n = len(record.span), work.new_tokens
     sessions = record.active_sessions if load is None else load.sessions
     queued_tokens = record.queued_tokens if load is None else load.queued_tokens
-    step_s = record.block_seconds + sessions * CROWD_ROWS * record.row_seconds
+    crowd_s = CROWD_ROWS * row_s
+    step_s = record.block_seconds + sessions * crowd_s
     # What we saw scales the claim as a whole, and already contains the waiting that it was seen with.
     scale = 1.0 - seen + seen * observed.block_s / step_s
-    n, own = work.new_tokens, observed.own_sessions
-    own_step_s = own * CROWD_ROWS * record.row_seconds * scale
-    crowded_s = residual_s(step_s * scale + own_step_s, span_blocks, sessions + own)
+    own_step_s = own * crowd_s * scale
     wait_s = residual_s(step_s * scale, span_blocks, sessions)
-    return HopCost(
+    crowded_s = residual_s(step_s * scale + own_step_s, span_blocks, sessions + own) if own else wait_s
+    return _Shares(
         link_s=work.link_s(observed.rtt_s),
-        compute_s=blocks * scale * ((n + work.chunks) * record.block_seconds + work.prompt_tokens * record.row_seconds),
-        wait_s=(1.0 - seen) * (queued_tokens * record.row_seconds * span_blocks + n * wait_s)
-        + blocks * n * sessions * CROWD_ROWS * record.row_seconds * scale,
-        own_s=n * (blocks * own_step_s + crowded_s - wait_s),
+        wait_s=(1.0 - seen) * (queued_tokens * row_s * span_blocks + n * wait_s),
+        own_s=n * (crowded_s - wait_s),
         risk_s=observed.failures * FAILOVER_S,
+        compute_per_block_s=scale * ((n + work.chunks) * record.block_seconds + work.prompt_tokens * row_s),
+        wait_per_block_s=n * sessions * crowd_s * scale,
+        own_per_block_s=n * own_step_s,
     )
+
+
+def hop_cost(record: PeerRecord, blocks: int, work: Work, observed: Observed = UNKNOWN) -> HopCost:
+    """What `blocks` blocks of this peer cost the request. Linear in `blocks`."""
+    shares = _shares(record, work, observed)
+    return HopCost(
+        link_s=shares.link_s,
+        compute_s=blocks * shares.compute_per_block_s,
+        wait_s=shares.wait_s + blocks * shares.wait_per_block_s,
+        own_s=shares.own_s + blocks * shares.own_per_block_s,
+        risk_s=shares.risk_s,
+    )
+
+
+def hop_price(record: PeerRecord, work: Work, observed: Observed = UNKNOWN) -> tuple[float, float]:
+    """The same as what the hop costs whatever it computes, and what each block costs."""
+    link_s, wait_s, own_s, risk_s, *per_block_s = _shares(record, work, observed)
+    return link_s + wait_s + own_s + risk_s, sum(per_block_s)

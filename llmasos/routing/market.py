@@ -11,7 +11,7 @@ from operator import itemgetter
 from random import Random
 from typing import NamedTuple
 
-from llmasos.routing.cost import Work, hop_cost
+from llmasos.routing.cost import Work, hop_price
 from llmasos.routing.health import Health
 from llmasos.routing.missing import refusal
 from llmasos.routing.records import PeerRecord
@@ -124,14 +124,15 @@ class Market:
         self._known_bids: dict[int, list[Bid]] = {}
         for peer in dict.fromkeys(request.pin or health):
             lease = view.lease(peer, request.model)
-            if lease is None or refusal(*lease, request, checkpoint, now, health) is not None:
+            if lease is None:
                 continue
             record = lease[0]
+            seen = health.observed(peer, now, since=record.announced_at)
+            if refusal(*lease, request, checkpoint, now, health, seen) is not None:
+                continue
             if Numerics(record.dtype, record.quantization) not in pools:
                 continue
-            seen = health.observed(peer, now, since=record.announced_at)
-            fixed_s = hop_cost(record, 0, self._work, seen).total_s
-            rate_s = hop_cost(record, 1, self._work, seen).total_s - fixed_s
+            fixed_s, rate_s = hop_price(record, self._work, seen)
             bid = self._bid(fixed_s, rate_s, min(record.span.end, end), record, proven=seen.proven)
             self._known_bids.setdefault(record.span.start, []).append(bid)
 

@@ -8,6 +8,7 @@ from collections import Counter
 from collections.abc import Iterable
 
 from llmasos.errors import MissingBlocksError
+from llmasos.routing.cost import Observed
 from llmasos.routing.health import Health
 from llmasos.routing.records import PeerRecord, PeerState
 from llmasos.routing.request import RouteRequest
@@ -16,9 +17,18 @@ from llmasos.span import Span, gaps
 
 
 def refusal(
-    record: PeerRecord, expires_at: float, request: RouteRequest, checkpoint: Checkpoint, now: float, health: Health
+    record: PeerRecord,
+    expires_at: float,
+    request: RouteRequest,
+    checkpoint: Checkpoint,
+    now: float,
+    health: Health,
+    seen: Observed | None = None,
 ) -> str | None:
-    """Why this peer may not serve the request, in a word or two; None when it may. The first reason counts."""
+    """Why this peer may not serve the request, in a word or two; None when it may. The first reason counts.
+
+    `seen` is what `health` knows of it, for whoever has asked already.
+    """
     if expires_at <= now:
         return "gone"
     if record.state is not PeerState.ONLINE:
@@ -31,7 +41,7 @@ def refusal(
         return "of another checkpoint"
     if not request.allows(record.dtype, record.quantization):
         return f"serving {_text(record.dtype, record.quantization)}"
-    seen = health.observed(record.peer, now, since=record.announced_at)
+    seen = seen or health.observed(record.peer, now, since=record.announced_at)
     free_tokens = record.kv_free_tokens if seen.load is None else seen.load.kv_free_tokens
     if free_tokens - seen.own_tokens < request.kv_tokens:
         return "full"
