@@ -332,16 +332,16 @@ class _CpuTimes:
 
     def begin(self, peer: LocalProcess) -> None:
         """Count from now on."""
-        self._begun_s[peer.process.pid] = _cpu_s(peer.process.pid)
+        self._begun_s[peer.process.pid] = cpu_s(peer.process.pid)
 
     def end(self, peer: LocalProcess) -> None:
         """Add what it has spent since."""
         pid = peer.process.pid
-        spent_s = max(_cpu_s(pid) - self._begun_s.pop(pid, 0.0), 0.0)
+        spent_s = max(cpu_s(pid) - self._begun_s.pop(pid, 0.0), 0.0)
         self.spent_s[peer.name] = self.spent_s.get(peer.name, 0.0) + spent_s
 
 
-def _cpu_s(pid: int) -> float:
+def cpu_s(pid: int) -> float:
     """User and system time of a process so far, in seconds; 0 when nobody tells."""
     try:
         stat = Path(f"/proc/{pid}/stat").read_text(encoding="ascii", errors="replace")

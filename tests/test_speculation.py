@@ -1,6 +1,8 @@
 """Guessing from the text: what is guessed, and when it is worth it."""
 
-from llmasos.client.speculation import FIRST_GUESSES, MAX_GUESSES, PROBE_EVERY, NgramIndex, Speculator
+import pytest
+
+from llmasos.client.speculation import FIRST_GUESSES, MAX_GUESSES, MAX_LOSS, NgramIndex, Speculator
 
 
 def test_what_followed_last_time_is_guessed() -> None:
@@ -53,17 +55,44 @@ def test_right_guesses_make_it_bolder_and_wrong_ones_shyer() -> None:
     assert len(speculator.propose(30)) == 2
 
 
-def test_guesses_that_cost_more_than_they_bring_are_given_up_and_tried_again_later() -> None:
+@pytest.mark.parametrize("price", [0.03, 0.3, 0.9])
+def test_guesses_that_never_come_true_cost_a_fiftieth_and_one_try(price: float) -> None:
+    """`price` is what a step with guesses takes longer, as a share of a plain one."""
     speculator = repeating()
-    for _ in range(12):
+    steps, tries, last = 600, 0, 0
+    for number in range(steps):
+        guessed = len(speculator.propose(8))
+        step(speculator, guessed, 0, 0.10 * (1 + price * (guessed > 0)))
+        if guessed:
+            tries, last = tries + 1, number
+    assert tries * price <= MAX_LOSS * steps + price
+    assert tries * price >= 0.5 * MAX_LOSS * (steps - tries)  # as often as may be: the text may change
+    assert steps - last < 1 / MAX_LOSS
+
+
+def test_guesses_that_come_true_again_are_made_again() -> None:
+    speculator = repeating()
+    for _ in range(5):
         step(speculator, FIRST_GUESSES, 0, 0.15)
     assert not speculator.pays
-    tries = [bool(speculator.propose(8)) for _ in range(2 * PROBE_EVERY)]
-    assert sum(tries) == 2
-    for _ in range(12):
+    assert not speculator.propose(8)
+    for _ in range(60):
+        step(speculator, 0, 0, 0.10)
+    assert speculator.propose(8)
+    for _ in range(3):
         step(speculator, FIRST_GUESSES, FIRST_GUESSES, 0.15)
     assert speculator.pays
     assert speculator.propose(8)
+
+
+def test_a_step_that_was_late_for_another_reason_does_not_end_the_tries() -> None:
+    speculator = repeating()
+    step(speculator, FIRST_GUESSES, 0, 30.0)
+    waited = 0
+    while not speculator.propose(8):
+        step(speculator, 0, 0, 0.10)
+        waited += 1
+        assert waited <= 1 / MAX_LOSS + 1
 
 
 def test_a_step_that_costs_nothing_more_pays_with_any_right_guess() -> None:

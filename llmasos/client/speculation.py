@@ -6,7 +6,11 @@ alone, so the text is the one that would have come without guessing - greedy or 
 the swarm. A wrong guess is rolled back by the next step's position.
 
 Whether guessing pays is measured, not assumed: a step with guesses takes longer, and it pays when it brings more tokens
-per second than a plain one. `Speculator` is pure bookkeeping: the caller tells it what came of each step.
+per second than a plain one. What is not known to pay is tried on an account: a plain step earns `MAX_LOSS` of a step, a
+guess costs what its step took longer than a plain one less the tokens that it brought, and while the account is in the
+red nothing is tried. So the worst text is slower by `MAX_LOSS` and one wrong guess, and where guesses are cheap, as on
+links that are longer than the computing, they are tried often. `Speculator` is pure bookkeeping: the caller tells it
+what came of each step.
 """
 
 from collections.abc import Iterable
@@ -14,13 +18,16 @@ from collections.abc import Iterable
 MAX_NGRAM = 3
 MIN_NGRAM = 2
 """A single token occurs too often to say anything; four in a row rarely find a match that three do not."""
-FIRST_GUESSES = 4
+FIRST_GUESSES = 2
+"""A try that fails should cost little; those that come true double the next."""
 MAX_GUESSES = 12
 """A pass of up to 16 rows takes about as long as one of two (docs/log.md); beyond that rows cost."""
 MEMORY = 0.8
 """Weight of the past in the moving averages: about the last five steps count."""
-PROBE_EVERY = 32
-"""While guessing does not pay, one step in so many tries again, if there is a guess: texts change."""
+MAX_LOSS = 0.02
+"""The share of the time that tries may cost, where none of them comes true."""
+MAX_DEBT = 1.0
+"""In plain steps: one step that was late for another reason must not end all tries."""
 MARGIN = 1.02
 """How much faster guessing must be than not guessing."""
 
@@ -60,26 +67,22 @@ class Speculator:
         self._step_s = 0.0  # the last step, until its guesses are settled
         self._plain_s = 0.0  # a step without guesses
         self._guessed_s = 0.0  # a step with some
-        self._accepted = float(FIRST_GUESSES)  # right guesses a step; hopeful until it is known
-        self._since_probe = 0
+        self._accepted = 0.0  # right guesses a step
+        self._account = 0.0  # in plain steps: what tries may cost, never above zero
 
     def propose(self, room: int) -> list[int]:
-        """Guesses for what follows, at most `room`; none when guessing does not pay."""
+        """Guesses for what follows, at most `room`; none when guessing does not pay and cannot be tried now."""
         if self._plain_s == 0.0:
             return []  # the first plain step tells what a step takes
-        guesses = self._index.guess(min(self._guesses, room))
-        if guesses and not self.pays:
-            self._since_probe += 1
-            if self._since_probe < PROBE_EVERY:
-                return []
-            self._since_probe = 0
-        return guesses
+        if not self.pays and self._account < 0.0:
+            return []
+        return self._index.guess(min(self._guesses, room))
 
     @property
     def pays(self) -> bool:
-        """Whether steps with guesses bring more tokens per second, as far as is known."""
+        """Whether steps with guesses are known to bring more tokens per second."""
         if self._guessed_s == 0.0:
-            return True
+            return False
         return (1 + self._accepted) * self._plain_s > MARGIN * self._guessed_s
 
     def extend(self, ids: Iterable[int]) -> None:
@@ -97,9 +100,13 @@ class Speculator:
             return
         if not guessed:
             self._plain_s = _blend(self._plain_s, seconds)
+            self._account = min(self._account + MAX_LOSS, 0.0)
             return
+        first = self._guessed_s == 0.0
         self._guessed_s = _blend(self._guessed_s, seconds)
-        self._accepted = MEMORY * self._accepted + (1 - MEMORY) * accepted
+        self._accepted = float(accepted) if first else MEMORY * self._accepted + (1 - MEMORY) * accepted
+        self._account += accepted + 1 - seconds / self._plain_s
+        self._account = max(min(self._account, 0.0), -MAX_DEBT)
         self._guesses = min(2 * guessed, MAX_GUESSES) if accepted == guessed else max(accepted + 1, MIN_NGRAM)
 
 

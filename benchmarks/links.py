@@ -1,0 +1,194 @@
+"""What links of 50 ms cost, and what pipelining and guessing save of it, as ratios in one run.
+
+    python benchmarks/links.py [--latency 50ms] [--rounds 3] [--new-tokens 48] [--prompt-tokens 2000]
+
+Decoding: smollm2 in float32 on three peers, each a process of its own, once as they are and once with that latency
+(one way) on every link (`sim/links.py`). A token crosses four links, so there can be no more than 1 / (4 x latency +
+compute) tokens a second, where compute is what a token takes on three such peers without the latency. Then guessing
+(prompt lookup) on a text that repeats itself and on one that is drawn at random, each against the same text without.
+Contestants take turns, so that a machine whose speed drifts drifts for all of them.
+
+Prefill: three peers and a client with a libp2p daemon each, in this process, whose blocks take their time without
+computing (`sim/runner.py`): stages that are equally long and do not compete for the cores of this machine. The bar is
+against the sum of the stages, links left out. With `--real` also smollm2's own blocks, against the processor time of
+the peers: on two cores three stages can overlap by a third at most.
+"""
+
+import argparse
+import random
+import statistics
+import time
+from collections.abc import Awaitable, Callable
+from contextlib import AsyncExitStack
+from functools import partial
+
+import uvloop
+
+from llmasos.client.async_client import AsyncLLMasOS
+from llmasos.client.generate import Generation
+from llmasos.client.router import Router
+from llmasos.client.session import Session
+from llmasos.config import ClientConfig, NetworkConfig, PeerConfig
+from llmasos.network import Network
+from llmasos.p2p import P2PNetwork
+from llmasos.peer.handler import Served
+from llmasos.peer.peer import Peer
+from llmasos.peer.runner import Speed
+from llmasos.routing.directory import Directory
+from llmasos.routing.planner import RouteRequest
+from llmasos.span import Span
+from sim.links import LinkedNetwork, LinkPlan, Links, parse_latency
+from sim.local import LinkedSwarm, LocalSwarm, cpu_s, split_evenly
+from sim.runner import SimRunner, from_numbers
+from sim.stream import LOOPBACK, Link
+
+PEERS = 3
+PROSE = """The lighthouse keeper had kept a diary for thirty-one years, and in all that time he had written only of the
+weather, the ships and the price of oil. So when his daughter opened the last volume and found a letter folded into the
+back cover, she sat down on the stairs before she read it."""
+REPETITIVE = "The dog sat on the mat. The cat sat on the hat. The fox sat on the box. " * 6
+STAGE_S = 1.0
+"""What one stage of the prefill takes: about that of 10 blocks of smollm2 for 2,000 tokens on one core."""
+
+Run = Callable[[], Awaitable[Generation]]
+
+
+def text_at_random(client: AsyncLLMasOS, prompt: str, new_tokens: int) -> Run:
+    """At this temperature hardly any token is the likeliest: nothing repeats that could be guessed."""
+    return partial(client.generate, prompt, max_new_tokens=new_tokens, temperature=1.5, seed=11)
+
+
+async def decoding(latency_s: float, rounds: int, new_tokens: int) -> None:
+    plan, spans = LinkPlan(Link(latency_s, LOOPBACK.bytes_per_s)), split_evenly(30, PEERS)
+    names = [f"peer{number}" for number in range(1, PEERS + 1)]
+    async with AsyncExitStack() as stack:
+        near_swarm = await stack.enter_async_context(LocalSwarm())
+        far_swarm = await stack.enter_async_context(LinkedSwarm(plan, names))
+        await near_swarm.start_peers(spans)
+        await far_swarm.start_peers(spans)
+
+        async def client_of(swarm: LocalSwarm, speculate: bool) -> AsyncLLMasOS:
+            network: Network = await P2PNetwork.create(NetworkConfig(listen=False))
+            if swarm is far_swarm:
+                network = LinkedNetwork(network, Links(plan.default))
+            config = ClientConfig(speculate=speculate)
+            return await stack.enter_async_context(AsyncLLMasOS(swarm.address, config=config, network=network))
+
+        near, plain = await client_of(near_swarm, False), await client_of(far_swarm, False)
+        guessing = await client_of(far_swarm, True)
+        words = random.Random(5)
+        generator = await plain.generator("smollm2")
+        noise = generator.tokenizer.decode([words.randrange(1_000, 40_000) for _ in range(64)])
+        runs: dict[str, Run] = {"prose, near": partial(near.generate, PROSE, max_new_tokens=new_tokens)}
+        for client, how in ((plain, "plain"), (guessing, "guessing")):
+            runs |= {
+                f"prose, {how}": partial(client.generate, PROSE, max_new_tokens=new_tokens),
+                f"repetitive, {how}": partial(client.generate, REPETITIVE, max_new_tokens=new_tokens),
+                f"random, {how}": text_at_random(client, noise, new_tokens),
+            }
+        found: dict[str, list[Generation]] = {name: [await run()] for name, run in runs.items()}
+        for number in range(rounds):
+            for name, run in runs.items():
+                found[name].append(await run())
+            print(f"  round {number + 1} of {rounds}", flush=True)
+    speeds = {name: [one.tokens_per_s for one in results[1:]] for name, results in found.items()}
+    for name, each in speeds.items():
+        print(f"{name:22} {statistics.median(each):7.2f} tokens/s   ({min(each):.2f} - {max(each):.2f})")
+    compute_s = 1 / statistics.median(speeds["prose, near"])
+    bound = 1 / ((PEERS + 1) * latency_s + compute_s)
+    ratio("plain decoding / bound", statistics.median(speeds["prose, plain"]) / bound, "at least 0.95")
+    print(
+        f"  bound {bound:.3f} tokens/s: {PEERS + 1} links of {1e3 * latency_s:g} ms, {1e3 * compute_s:.1f} ms compute"
+    )
+    for text, bar in (("repetitive", "at least 1.8"), ("random", "at least 0.98"), ("prose", "no bar")):
+        pairs = zip(speeds[f"{text}, guessing"], speeds[f"{text}, plain"], strict=True)
+        same = found[f"{text}, guessing"][0].token_ids == found[f"{text}, plain"][0].token_ids
+        ratio(f"guessing, {text} text", statistics.median(a / b for a, b in pairs), bar)
+        if not same:
+            print("  THE TEXTS DIFFER", flush=True)
+
+
+async def prefill(latency_s: float, tokens: int, rounds: int) -> None:
+    """Equal stages that take their time without computing."""
+    links = Links(Link(latency_s, LOOPBACK.bytes_per_s))
+    speed = Speed(first_row_s=STAGE_S / tokens, row_s=STAGE_S / tokens)
+    served = Served("staged", "staged", PEERS, 2 * tokens)
+    async with AsyncExitStack() as stack:
+
+        async def place(*, listen: bool) -> LinkedNetwork:
+            network = await P2PNetwork.create(NetworkConfig(listen=listen))
+            return await stack.enter_async_context(LinkedNetwork(network, links))
+
+        runners = [SimRunner(Span(number, number + 1), speed) for number in range(PEERS)]
+        addresses: list[str] = []
+        for runner in runners:
+            network = await place(listen=True)
+            await network.join(addresses)
+            await stack.enter_async_context(Peer(network, runner, served, PeerConfig(), kv_tokens=4 * tokens))
+            addresses.append(network.multiaddr)
+        client = await place(listen=False)
+        await client.join(addresses)
+        config = ClientConfig()
+        router = Router(client, Directory(client), config, random.Random(3))
+        stack.push_async_callback(router.close)
+        rows = from_numbers(range(1, tokens + 1))
+        request = RouteRequest(
+            model=served.model,
+            digest=served.digest,
+            model_blocks=PEERS,
+            prompt_tokens=tokens,
+            new_tokens=1,
+            kv_tokens=tokens + 1,
+            row_bytes=8,
+        )
+        ratios, taken = [], []
+        for _ in range(rounds):
+            busy_s = sum(runner.busy_s for runner in runners)
+            async with Session(client, router, request, config) as session:
+                assert len(session.route.hops) == PEERS
+                begin = time.perf_counter()
+                await session.forward(rows)
+                taken.append(time.perf_counter() - begin)
+            ratios.append(taken[-1] / (sum(runner.busy_s for runner in runners) - busy_s))
+    print(f"prefill of {tokens} tokens: {statistics.median(taken):.2f} s, the stages {PEERS} x {STAGE_S:g} s")
+    ratio("prefill / sum of the stages", statistics.median(ratios), "at most 0.5")
+
+
+async def real_prefill(latency_s: float, tokens: int, rounds: int) -> None:
+    """smollm2's own blocks, on the cores of this machine."""
+    names = [f"peer{number}" for number in range(1, PEERS + 1)]
+    async with LinkedSwarm(LinkPlan(Link(latency_s, LOOPBACK.bytes_per_s)), names) as swarm:
+        peers = await swarm.start_peers(split_evenly(30, PEERS))
+        async with AsyncLLMasOS(swarm.address, network=await swarm.client_network()) as client:
+            generator = await client.generator("smollm2")
+            ids = (await generator.encode(PROSE * 40))[:tokens]
+            prompt = generator.tokenizer.decode(ids)
+            ratios = []
+            for number in range(rounds):
+                before = sum(cpu_s(peer.process.pid) for peer in peers)
+                result = await client.generate(f"{number} {prompt}", max_new_tokens=1)
+                stages_s = sum(cpu_s(peer.process.pid) for peer in peers) - before
+                ratios.append(result.time_to_first_token_s / stages_s)
+    ratio("the same, smollm2 / processor time of its peers", statistics.median(ratios), "no bar")
+
+
+def ratio(name: str, value: float, bar: str) -> None:
+    print(f"{name:48} {value:6.3f}   ({bar})", flush=True)
+
+
+async def main(latency: str, rounds: int, new_tokens: int, prompt_tokens: int, real: bool) -> None:
+    latency_s = parse_latency(latency)
+    await prefill(latency_s, prompt_tokens, rounds)
+    if real:
+        await real_prefill(latency_s, prompt_tokens, rounds)
+    await decoding(latency_s, rounds, new_tokens)
+
+
+if __name__ == "__main__":
+    options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    options.add_argument("--latency", default="50ms", help="one way, of every link (default: %(default)s)")
+    options.add_argument("--rounds", type=int, default=3)
+    options.add_argument("--new-tokens", type=int, default=48)
+    options.add_argument("--prompt-tokens", type=int, default=2_000)
+    options.add_argument("--real", action="store_true", help="prefill with smollm2's own blocks too")
+    uvloop.run(main(**vars(options.parse_args())))
