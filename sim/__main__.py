@@ -139,7 +139,7 @@ def hunt_seeds(args: Namespace) -> None:
 
 
 THOROUGH_PEERS = 100
-"""Up to so many peers the whole account of a peer is checked at each pass; beyond, once a second."""
+"""Up to so many peers the whole account of a peer is checked at each pass; beyond, each five seconds."""
 
 
 def build_parser() -> ArgumentParser:

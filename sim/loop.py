@@ -66,6 +66,21 @@ class VirtualLoop(asyncio.BaseEventLoop):
         timer._scheduled = True  # type: ignore[attr-defined]
         return timer
 
+    def call_soon(
+        self,
+        callback: Callable[[Unpack[Ts]], object],
+        *args: *Ts,
+        context: contextvars.Context | None = None,
+    ) -> asyncio.Handle:
+        """Run `callback` in the next turn. No debug mode and no other threads here, and so nothing to ask first."""
+        handle = asyncio.Handle(callback, args, self, context)
+        self._ready.append(handle)
+        return handle
+
+    def get_debug(self) -> bool:
+        """Never: every handle asks, and what it would note is what `waiting` says."""
+        return False
+
     def close(self) -> None:
         """Drop what is still set."""
         super().close()
