@@ -5,20 +5,20 @@ import json
 import sys
 from argparse import ArgumentParser, Namespace
 from collections.abc import Callable, Coroutine
-from dataclasses import asdict
-from typing import Any, NamedTuple
-
-from rich.table import Table
-from rich.text import Text
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from llmasos import __version__
 from llmasos.cli_route import add_route, route
 from llmasos.cli_serve import add_gateway, add_key, add_up, gateway, key, up
-from llmasos.client.chat import add_chat, chat
-from llmasos.config import NetworkConfig
-from llmasos.console import parser, run, say, set_up_logging, show, subcommand, talk, whole
+from llmasos.client.chat import add_chat, chat, tell_event
+from llmasos.config import ClientConfig, NetworkConfig
+from llmasos.console import add_numbers, parser, run, say, set_up_logging, show, subcommand, tell, whole
 from llmasos.doctor import add_doctor, doctor
 from llmasos.errors import UsageError
+
+if TYPE_CHECKING:
+    from llmasos.client.trace import Trace
 
 
 async def generate(args: Namespace) -> None:
@@ -35,8 +35,10 @@ async def generate(args: Namespace) -> None:
         "top_k": args.top_k,
         "seed": args.seed,
         "stop": args.stop,
+        "trace": args.trace is not None,
     }
-    async with AsyncLLMasOS(args.join, on_event=lambda event: say(f"{event}", style="dim")) as client:
+    config = ClientConfig(dtype=args.dtype, quantization=args.quantization)
+    async with AsyncLLMasOS(args.join, config=config, on_event=tell_event) as client:
         result: Generation | None = None
         async for piece in client.stream(prompt, args.model, **options):
             if isinstance(piece, Generation):
@@ -46,11 +48,32 @@ async def generate(args: Namespace) -> None:
                 sys.stdout.flush()
     assert result is not None, "a stream that did not raise ends with its Generation"
     if args.json:
-        show(json.dumps(asdict(result), ensure_ascii=False))
+        show(json.dumps(result.as_json(), ensure_ascii=False))
+    else:
+        show("")
+    if result.trace is not None:
+        await asyncio.to_thread(_save_trace, result.trace, args.trace)
+    if args.json:
         return
-    show("")
     hops = " → ".join(f"{hop.blocks} on {hop.peer[-8:]}" for hop in result.route)
     say(f"{result.completion_tokens} tokens, {result.tokens_per_s:.1f} tokens/s, route {hops}", style="dim")
+
+
+def _save_trace(trace: "Trace", path: Path) -> None:
+    from llmasos.client.trace import chrome_trace
+
+    try:
+        path.write_text(json.dumps(chrome_trace(trace)), encoding="utf-8")
+    except OSError as error:
+        raise UsageError(f"{path} cannot be written: {error.strerror}") from error
+    head = ("blocks", "peer", "queue", "compute", "network")
+    hops = ((hop, (hop.queue_ms, hop.compute_ms, hop.network_ms)) for hop in trace.hops)
+    tell(
+        head,
+        ([hop.blocks, hop.peer[-8:], *(f"{part:,.1f} ms" for part in parts)] for hop, parts in hops),
+        left=head[:2],
+    )
+    say(f"{len(trace.steps)} steps are in {path}: open it at https://ui.perfetto.dev", style="dim")
 
 
 async def status(args: Namespace) -> None:
@@ -83,13 +106,13 @@ async def models(args: Namespace) -> None:
         return
     for entry in found:
         notes = [f"{entry['blocks']} blocks"]
-        if entry["alias_of"]:
-            notes.append(f"alias of {entry['alias_of']}, embedded where its package is installed")
         if "covered" in entry:
             notes.append("served" if entry["covered"] else f"served but for {', '.join(entry['missing'])}")
         show(entry["model"])
-        say(f"  {'; '.join(notes)}", style="dim")
-    say("besides: a hub id (organisation/name), a directory with safetensors, a .gguf file", style="dim")
+        say(f"  {', '.join(notes)}", style="dim")
+        if entry["alias_of"]:
+            say(f"  alias of {entry['alias_of']}; embedded here with its package", style="dim")
+    say("besides: hub ids (organisation/name), directories of safetensors, .gguf files", style="dim")
 
 
 async def _look(join: list[str]) -> dict[str, Any]:
@@ -114,25 +137,23 @@ def _show_model(model: dict[str, Any], join: str) -> None:
         command = f"python -m llmasos.peer --blocks {model['missing'][0]} --model {model['model']} --join {join}"
         verdict = f"not usable: blocks {gaps} have no peer\n  {command}"
     say(f"{model['model']} is {verdict}", style="bold green" if model["covered"] else "bold red")
-    table = Table(box=None, pad_edge=False)
-    for column in ("peer", "name", "blocks", "state", "rows/s", "load", "kv free", "numbers", "version", "age"):
-        table.add_column(column, justify="right" if column in ("rows/s", "load", "kv free", "age") else "left")
-    for peer in model["peers"]:
-        numbers = peer["dtype"] if peer["quantization"] == "none" else f"{peer['dtype']}, {peer['quantization']}"
-        cells = (
-            peer["peer"][-8:],
-            peer["name"],
-            peer["blocks"],
-            peer["state"],
-            f"{peer['throughput']:,.0f}",
-            f"{peer['load']:.0%}",
-            f"{peer['kv_free_tokens']:,}",
-            numbers,
-            peer["version"],
-            f"{peer['age_s']:.0f} s",
-        )
-        table.add_row(*(Text(cell) for cell in cells))  # Text: a peer's name is not markup
-    talk.print(table)
+    head = ("peer", "name", "blocks", "state", "rows/s", "load", "kv free", "numbers", "version", "age")
+    tell(head, map(_peer_cells, model["peers"]), left=("peer", "blocks", "state", "numbers", "version"))
+
+
+def _peer_cells(peer: dict[str, Any]) -> list[str]:
+    return [
+        peer["peer"][-8:],
+        peer["name"],
+        peer["blocks"],
+        peer["state"],
+        f"{peer['throughput']:,.0f}",
+        f"{peer['load']:.0%}",
+        f"{peer['kv_free_tokens']:,}",
+        peer["dtype"] if peer["quantization"] == "none" else f"{peer['dtype']}, {peer['quantization']}",
+        peer["version"],
+        f"{peer['age_s']:.0f} s",
+    ]
 
 
 def _prompt(text: str) -> str:
@@ -162,6 +183,10 @@ def _add_generate(command: ArgumentParser) -> None:
     command.add_argument("--top-k", type=whole(0), default=0, help="0 for all (default)")
     command.add_argument("--seed", type=int, help="the same seed gives the same text")
     command.add_argument("--stop", action="append", metavar="TEXT", help="end before this text; repeatable")
+    command.add_argument(
+        "--trace", type=Path, metavar="FILE", help="write where the time went, for Perfetto or chrome://tracing"
+    )
+    add_numbers(command)
     _add_join(command)
     _add_json(command)
 

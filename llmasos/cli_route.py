@@ -7,11 +7,8 @@ import secrets
 from argparse import ArgumentParser, Namespace
 from typing import TYPE_CHECKING, Any
 
-from rich.table import Table
-from rich.text import Text
-
 from llmasos.config import PONG_TIMEOUT_S, NetworkConfig
-from llmasos.console import say, show, talk, whole
+from llmasos.console import add_numbers, say, show, tell, whole
 from llmasos.errors import MissingBlocksError, PeerError
 from llmasos.network import Network, call
 from llmasos.wire import PROTOCOL, Contact, Ping, encode
@@ -50,6 +47,8 @@ async def route(args: Namespace) -> None:
             prompt_tokens=args.prompt_tokens,
             new_tokens=args.new_tokens,
             kv_tokens=args.prompt_tokens + args.new_tokens,
+            dtype=args.dtype,
+            quantization=args.quantization,
         )
         explanation = explain(view, request, network.now(), random.Random(secrets.randbits(64)), health)
         found = as_json(view, args.model, explanation)
@@ -88,20 +87,18 @@ def _explain(found: dict[str, Any], args: Namespace) -> None:
         say(f"\nwithout {other['without'][-8:]} ({share:+.0%}):", style="bold")
         _show_costs(other)
     if found["runners_up"]:
-        say("\nroutes within a quarter of the cheapest count as equal: each plan draws among them", style="dim")
+        say("\nroutes within a quarter of the cheapest are equal: each plan draws among them", style="dim")
     else:
         say("\nno other route: each of these peers holds blocks that nobody else has")
 
 
 def _show_costs(route: dict[str, Any]) -> None:
-    table = Table(box=None, pad_edge=False)
-    for column in ("blocks", "peer", "name", *(cost.removesuffix("_s") for cost in COSTS), "total"):
-        table.add_column(column, justify="left" if column in ("blocks", "peer", "name") else "right")
-    for hop in route["hops"]:
-        costs = [f"{hop[cost]:.3f}" for cost in (*COSTS, "total_s")]
-        table.add_row(*(Text(cell) for cell in (hop["blocks"], hop["peer"][-8:], hop["name"], *costs)))
-    table.add_row(*(Text("") for _ in range(3 + len(COSTS))), Text(f"{route['total_s']:.3f}"))
-    talk.print(table)
+    head = ("blocks", "peer", "name", *(cost.removesuffix("_s") for cost in COSTS), "total")
+    rows = [
+        [hop["blocks"], hop["peer"][-8:], hop["name"], *(f"{hop[cost]:.3f}" for cost in (*COSTS, "total_s"))]
+        for hop in route["hops"]
+    ]
+    tell(head, [*rows, [""] * (len(head) - 1) + [f"{route['total_s']:.3f}"]], left=("blocks", "peer"))
 
 
 def add_route(command: ArgumentParser) -> None:
@@ -109,6 +106,7 @@ def add_route(command: ArgumentParser) -> None:
     command.add_argument("--model", default="smollm2", help="as peers announce it (default: %(default)s)")
     command.add_argument("--prompt-tokens", type=whole(1), default=64, help="(default: %(default)s)")
     command.add_argument("--new-tokens", type=whole(0), default=64, help="(default: %(default)s)")
+    add_numbers(command)
     command.add_argument("--explain", action="store_true", help="what each hop costs and why, and the runners-up")
     command.add_argument("--join", action="append", required=True, metavar="MULTIADDR", help="a peer of the swarm")
     command.add_argument("--json", action="store_true", help="one JSON object on stdout")

@@ -7,8 +7,8 @@ from collections.abc import Coroutine
 from pathlib import Path
 from typing import Any
 
-from llmasos.config import GatewayConfig
-from llmasos.console import add_log_format, say, show, stop_signal, whole
+from llmasos.config import ClientConfig, GatewayConfig
+from llmasos.console import add_log_format, add_numbers, say, show, stop_signal, whole
 from llmasos.errors import LLMasOSError, UsageError
 from llmasos.local import LocalSwarm, split_evenly
 
@@ -44,6 +44,7 @@ def add_gateway(command: ArgumentParser) -> None:
         metavar="PATH",
         help="directory or .gguf file of a model that the swarm serves; aliases and hub ids need none",
     )
+    add_numbers(command)
     _add_listen(command)
 
 
@@ -51,6 +52,8 @@ def add_up(command: ArgumentParser) -> None:
     """The options of `llmasos up`."""
     command.add_argument("--peers", type=whole(1), default=3, help="how many share the blocks (default: %(default)s)")
     command.add_argument("--model", default="smollm2", help="(default: %(default)s)")
+    numbers = ClientConfig()  # which its peers compute in
+    command.set_defaults(dtype=numbers.dtype, quantization=numbers.quantization)
     _add_listen(command)
 
 
@@ -117,7 +120,8 @@ async def _serve(args: Namespace, join: list[str], models: tuple[str, ...], stop
         max_running=args.max_running,
         max_waiting=args.max_waiting,
     )
-    async with AsyncLLMasOS(join) as client:
+    numbers = ClientConfig(dtype=args.dtype, quantization=args.quantization)
+    async with AsyncLLMasOS(join, config=numbers) as client:
         runner = await serve(client, config)
         try:
             host, port = runner.addresses[0][:2]

@@ -7,13 +7,15 @@ import signal
 import sys
 import time
 from argparse import SUPPRESS, ArgumentParser, ArgumentTypeError, Namespace, RawDescriptionHelpFormatter
-from collections.abc import Callable, Coroutine, Iterator
+from collections.abc import Callable, Collection, Coroutine, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, NoReturn
+from typing import Any, Literal, NoReturn
 
 import uvloop
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+from rich.text import Text
 
 from llmasos.errors import LLMasOSError, UsageError
 from llmasos.logs import JsonFormatter
@@ -48,6 +50,17 @@ def show(data: str) -> None:
     """A line of data."""
     sys.stdout.write(data + "\n")
     sys.stdout.flush()
+
+
+def tell(head: Sequence[str], rows: Iterable[Sequence[str]], *, left: Collection[str] = ()) -> None:
+    """A table of talk, numbers to the right. The column `name` gives way where the terminal is narrow."""
+    table = Table(box=None, pad_edge=False)
+    for column in head:
+        justify: Literal["left", "right"] = "left" if column in left or column == "name" else "right"
+        table.add_column(column, justify=justify, no_wrap=column != "name")
+    for row in rows:
+        table.add_row(*(Text(cell, no_wrap=True, overflow="ellipsis") for cell in row))  # Text: names are not markup
+    talk.print(table)
 
 
 def parser(prog: str, description: str, example: str) -> ArgumentParser:
@@ -162,6 +175,22 @@ def progress(what: str) -> Iterator[ProgressCallback]:
             say(f"{what}: {10 * tenth} %")
 
     yield report
+
+
+def add_numbers(command: ArgumentParser) -> None:
+    """The options of every command that computes with the swarm: which peers are meant."""
+    command.add_argument(
+        "--dtype",
+        default="float32",
+        choices=["float32", "bfloat16", "float16"],
+        help="use peers that compute in these numbers (default: %(default)s)",
+    )
+    command.add_argument(
+        "--quantization",
+        default="none",
+        choices=["none", "int8", "int4"],
+        help="use peers with such weights (default: %(default)s)",
+    )
 
 
 def add_log_format(command: ArgumentParser) -> None:

@@ -17,7 +17,7 @@ import pytest
 from bootstrap.__main__ import build_parser as bootstrap_parser
 from llmasos import __version__
 from llmasos.cli import build_parser as llmasos_parser
-from llmasos.config import PeerConfig
+from llmasos.config import ClientConfig, PeerConfig
 from llmasos.console import progress, run, say, whole
 from llmasos.errors import LLMasOSError, UsageError
 from llmasos.peer.__main__ import build_parser as peer_parser
@@ -118,6 +118,15 @@ def test_the_options_of_generate() -> None:
 def test_the_defaults_of_generate() -> None:
     parsed = llmasos_parser().parse_args(["generate", "Hello", "--join", "a"])
     assert (parsed.model, parsed.max_new_tokens, parsed.temperature, parsed.seed) == ("smollm2", 64, 0.0, None)
+
+
+@pytest.mark.parametrize("name", ["generate Hello", "chat", "gateway", "route"])
+def test_who_computes_in_which_numbers_can_be_chosen(name: str) -> None:
+    parse = llmasos_parser().parse_args
+    chosen = parse([*name.split(), "--join", "a", "--dtype", "bfloat16", "--quantization", "int8"])
+    assert (chosen.dtype, chosen.quantization) == ("bfloat16", "int8")
+    usual, config = parse([*name.split(), "--join", "a"]), ClientConfig()
+    assert (usual.dtype, usual.quantization) == (config.dtype, config.quantization)
 
 
 @pytest.mark.parametrize("arguments", [["--debug", "status", "--join", "a"], ["status", "--join", "a", "--debug"]])
@@ -252,6 +261,25 @@ def test_colours_are_for_terminals_and_never_with_no_color(env: dict[str, str], 
     done = command("-c", COLOURED, env={**clean, **env})
     assert ("\x1b[" in done.stderr) is coloured
     assert "ready" in done.stderr
+
+
+TABLE = (
+    "from llmasos.console import tell\n"
+    "rows = [['12:30', 'a machine in the cellar of a very long name [bold]', '1.234'], ['0:12', 'b', '131,072']]\n"
+    "tell(('blocks', 'name', 'kv free'), rows, left=('blocks',))"
+)
+
+
+@pytest.mark.parametrize(("columns", "name"), [(40, "a machine in the cella…"), (100, "very long name [bold]")])
+def test_a_row_of_a_table_is_a_line(columns: int, name: str) -> None:
+    """A long name is cut, not folded; numbers never are."""
+    lines = command("-c", TABLE, env={"COLUMNS": str(columns)}).stderr.splitlines()
+    assert len(lines) == 3
+    assert all(len(line) <= columns for line in lines)
+    assert name in lines[1]
+    assert [line.split()[0] for line in lines] == ["blocks", "12:30", "0:12"]
+    assert lines[1].endswith("1.234")
+    assert lines[2].endswith("131,072")
 
 
 @pytest.mark.parametrize(("least", "text", "value"), [(0, "0", 0), (1, "12", 12), (1, "0", None), (0, "-1", None)])

@@ -1,21 +1,26 @@
-"""Keeps transformers' own progress bars and warnings off the screen while we load, and puts them back after."""
+"""Keeps the libraries' own progress bars and warnings off the screen while we load, and puts them back after."""
 
+import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from transformers.utils import logging
+from huggingface_hub.utils import logging as hub
+from transformers.utils import logging as transformers
 
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """No log line below an error and no progress bar from transformers inside; both as before outside."""
-    verbosity = logging.get_verbosity()
-    bars = logging.is_progress_bar_enabled()
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
+    """No log line below an error and no progress bar from transformers inside, no news of the hub's retries; all as
+    before outside."""
+    verbosity, hub_verbosity = transformers.get_verbosity(), hub.get_verbosity()
+    bars = transformers.is_progress_bar_enabled()
+    transformers.set_verbosity_error()
+    hub.set_verbosity(logging.ERROR)
+    transformers.disable_progress_bar()
     try:
         yield
     finally:
-        logging.set_verbosity(verbosity)
+        transformers.set_verbosity(verbosity)
+        hub.set_verbosity(hub_verbosity)
         if bars:
-            logging.enable_progress_bar()
+            transformers.enable_progress_bar()

@@ -16,11 +16,13 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from llmasos.console import say, talk, whole
+from llmasos.config import ClientConfig
+from llmasos.console import add_numbers, say, talk, whole
 from llmasos.errors import LLMasOSError, UsageError
 
 if TYPE_CHECKING:
     from llmasos.client.async_client import AsyncLLMasOS
+    from llmasos.client.events import Event
     from llmasos.client.generate import Dialogue, Generation
 
 HISTORY_FILE = Path("~/.llmasos_chat_history")
@@ -253,6 +255,7 @@ def add_chat(command: ArgumentParser) -> None:
     command.add_argument("--temperature", type=float, default=defaults.temperature, help="(default: %(default)s)")
     command.add_argument("--max-new-tokens", type=whole(1), default=defaults.max_tokens, help="(default: %(default)s)")
     command.add_argument("--seed", type=int, help="the same seed gives the same answers")
+    add_numbers(command)
 
 
 async def chat(args: Namespace) -> None:
@@ -267,7 +270,8 @@ async def chat(args: Namespace) -> None:
         max_tokens=args.max_new_tokens,
         seed=args.seed,
     )
-    async with AsyncLLMasOS(args.join) as client:
+    config = ClientConfig(dtype=args.dtype, quantization=args.quantization)
+    async with AsyncLLMasOS(args.join, config=config, on_event=tell_event) as client:
         generator = await client.generator(args.model)
         generator.chat_prompt([{"role": "user", "content": "?"}])  # a model that cannot chat says so now
         speaker = Speaker(client, args.model)
@@ -278,6 +282,11 @@ async def chat(args: Namespace) -> None:
         finally:
             keyboard.save_history()
             await speaker.close()
+
+
+def tell_event(event: "Event") -> None:
+    """Lost peers, and waiting for others, in a line of their own: an answer may be half written."""
+    say(f"\n({event})", style="dim")
 
 
 async def _talk(conversation: Conversation, speaker: Speaker, keyboard: Keyboard) -> None:
