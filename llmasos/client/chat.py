@@ -8,6 +8,7 @@ import contextlib
 import json
 import signal
 import sys
+import termios
 import threading
 from argparse import ArgumentParser, Namespace
 from collections.abc import AsyncGenerator
@@ -29,6 +30,7 @@ HISTORY_FILE = Path("~/.llmasos_chat_history")
 ROOM_TOKENS = 4_096
 """What each hop reserves for a conversation; shorter where the context is. It opens a larger session when needed."""
 
+PROMPT = "you > "
 HELP = """  /system TEXT      what the model is told before the conversation
   /temperature N    0 takes the likeliest token
   /max N            most tokens of an answer
@@ -207,6 +209,7 @@ class Keyboard:
     def __init__(self) -> None:
         self.is_terminal = sys.stdin.isatty()
         if self.is_terminal:
+            self._settings = termios.tcgetattr(sys.stdin)
             self._load_history()
 
     def _load_history(self) -> None:
@@ -216,13 +219,23 @@ class Keyboard:
             readline.set_history_length(1_000)
             readline.read_history_file(HISTORY_FILE.expanduser())
 
-    def save_history(self) -> None:
-        """Keep what was typed for the next time."""
+    def close(self) -> None:
+        """Keep what was typed for the next time, and leave the terminal as it was: somebody may still wait for a line,
+        with the terminal set up for that."""
         if self.is_terminal:
+            termios.tcsetattr(sys.stdin, termios.TCSADRAIN, self._settings)
             with contextlib.suppress(ImportError, OSError):
                 import readline
 
                 readline.write_history_file(HISTORY_FILE.expanduser())
+
+    def remind(self) -> None:
+        """Ctrl-C was pressed while a line is typed: say what ends the chat, and show the line again."""
+        import readline
+
+        say("\n(Ctrl-C again, or Ctrl-D, ends the chat)", style="dim")
+        sys.stdout.write(PROMPT + readline.get_line_buffer())
+        sys.stdout.flush()
 
     async def line(self) -> str | None:
         """The next line; None at the end of input."""
@@ -235,7 +248,7 @@ class Keyboard:
 
         def read() -> None:
             try:
-                line: str | None = input("you > " if self.is_terminal else "")
+                line: str | None = input(PROMPT if self.is_terminal else "")
             except (EOFError, UnicodeDecodeError, OSError):
                 line = None
             with contextlib.suppress(RuntimeError):  # the loop has ended meanwhile
@@ -280,7 +293,7 @@ async def chat(args: Namespace) -> None:
         try:
             await _talk(conversation, speaker, keyboard)
         finally:
-            keyboard.save_history()
+            keyboard.close()
             await speaker.close()
 
 
@@ -292,9 +305,8 @@ def tell_event(event: "Event") -> None:
 async def _talk(conversation: Conversation, speaker: Speaker, keyboard: Keyboard) -> None:
     loop = asyncio.get_running_loop()
     while not conversation.ended:
-        waiting = asyncio.create_task(keyboard.line(), name="keyboard")
-        line = await _interruptible(loop, waiting)
-        if waiting.cancelled() or line is None:
+        line = await _typed(loop, keyboard)
+        if line is None:
             return
         try:
             if said := conversation.hear(line):
@@ -305,18 +317,37 @@ async def _talk(conversation: Conversation, speaker: Speaker, keyboard: Keyboard
             say(speaker.route, style="dim")
         if conversation.asks:
             answer = asyncio.create_task(_answer(conversation, speaker), name="answer")
-            await _interruptible(loop, answer)
-            if answer.cancelled():
+            if await _ends_before_ctrl_c(loop, answer):
+                answer.result()
+            else:
+                answer.cancel()
+                await asyncio.wait([answer])
                 say("\n(stopped)", style="dim")
 
 
-async def _interruptible(loop: asyncio.AbstractEventLoop, task: "asyncio.Task[Any]") -> Any:
-    """The result of a task that Ctrl-C cancels; None if it did."""
-    loop.add_signal_handler(signal.SIGINT, task.cancel)
+async def _typed(loop: asyncio.AbstractEventLoop, keyboard: Keyboard) -> str | None:
+    """The next line; None at the end of input, or when the user does not want to type any."""
+    line = asyncio.create_task(keyboard.line(), name="keyboard")
+    for last in (not keyboard.is_terminal, True):
+        if await _ends_before_ctrl_c(loop, line):
+            return line.result()
+        if last:
+            break
+        keyboard.remind()
+    line.cancel()
+    return None
+
+
+async def _ends_before_ctrl_c(loop: asyncio.AbstractEventLoop, task: "asyncio.Task[Any]") -> bool:
+    """Whether a task comes to its end before the user presses Ctrl-C."""
+    pressed = asyncio.Event()
+    loop.add_signal_handler(signal.SIGINT, pressed.set)
+    waiting = asyncio.create_task(pressed.wait(), name="Ctrl-C")
     try:
-        await asyncio.wait([task])
-        return None if task.cancelled() else task.result()
+        await asyncio.wait([task, waiting], return_when=asyncio.FIRST_COMPLETED)
+        return task.done()
     finally:
+        waiting.cancel()
         loop.remove_signal_handler(signal.SIGINT)
 
 
