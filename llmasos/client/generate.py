@@ -346,8 +346,9 @@ class Generator:
         decoding = len(dialogue.held) == len(ids) - 1
         guesses = speculator.propose(room) if decoding and self._speculate else []
         begin = asyncio.get_running_loop().time()
-        rows = await self._forward(dialogue, [*ids, *guesses], keep=1 + len(guesses))
-        logits = await self._head.logits(rows)
+        with self._head.expecting():
+            rows = await self._forward(dialogue, [*ids, *guesses], keep=1 + len(guesses))
+            logits = await self._head.logits(rows)
         if decoding:
             speculator.time(asyncio.get_running_loop().time() - begin)
         ahead.put(guesses, logits)

@@ -14,6 +14,9 @@ from llmasos.peer.watcher import Watcher
 from llmasos.span import Span
 from llmasos.wire import Spent, Tensor, join_rows
 
+GATHER_S = 0.001
+"""How long a peer that was idle waits for the next step to join the first: a fraction of a pass over some blocks."""
+
 Done = Callable[[Tensor | Fault, Spent], None]
 
 
@@ -86,6 +89,7 @@ class Engine:
             if not batch:
                 self._wake.clear()
                 await self._wake.wait()
+                await self._gather()
                 continue
             self._running = {piece.session for piece in batch}
             begin = self._clock()
@@ -101,6 +105,16 @@ class Engine:
                 self._settle(piece, result, begin, end)
             while self._leaving:
                 self.runner.release(self._leaving.pop())
+
+    async def _gather(self) -> None:
+        """Sessions that were in a pass together come back one after the other: let them catch up with the first.
+
+        Without this the first would run alone, the others behind it, and every weight would be read twice from then on.
+        """
+        while 0 < (waiting := self.scheduler.waiting_sessions) < self.scheduler.active_sessions:
+            await asyncio.sleep(GATHER_S)
+            if self.scheduler.waiting_sessions == waiting:
+                return
 
     def _chunk(self, piece: Slice) -> Chunk:
         pending = self._pending[piece.session, piece.step]

@@ -89,6 +89,11 @@ class Scheduler:
         return len(self._sessions)
 
     @property
+    def waiting_sessions(self) -> int:
+        """How many sessions have a step that has not run."""
+        return sum(1 for session in self._sessions.values() if session.queue)
+
+    @property
     def kv_free_tokens(self) -> int:
         return self.kv_tokens - self._reserved
 
