@@ -27,7 +27,6 @@ from sim.runner import SimRunner
 from sim.stream import Link
 from sim.swarm import SimCluster, SimModel
 
-
 LOOKUP_S = 0.01
 """A look-up in a hash table of a few peers on one machine."""
 
