@@ -116,8 +116,9 @@ def main(rounds: int, clients: list[int], prompt_tokens: int, new_tokens: int) -
                 link=Link(latency_s=way_s, bytes_per_s=1e9, jitter=0.2),
                 row_scale=row_scale,
             )
-            costs = f"{1e3 * speed.first_row_s:.2f} + {1e3 * speed.row_s:.3f} ms a row and block, {1e6 * way_s:.0f} us a way"
-            print(f"  {count} clients: {seen.tokens_per_s:.1f} tokens/s, the twin {twin.tokens_per_s:.1f}; {costs}")
+            costs = f"{1e3 * speed.first_row_s:.2f} + {1e3 * speed.row_s:.3f} ms a row and block"
+            print(f"  {count} clients: {seen.tokens_per_s:.1f} tokens/s, the twin {twin.tokens_per_s:.1f};", end=" ")
+            print(f"{costs}, {1e6 * way_s:.0f} us a way", flush=True)
             for name, value in seen.over(twin).items():
                 ratios.setdefault(name, []).append(value)
         for name, values in ratios.items():
