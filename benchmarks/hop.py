@@ -45,6 +45,9 @@ class InstantRunner:
     async def measure(self) -> Speed:
         return Speed(1e-6, 1e-6)
 
+    def fork(self, source: str, target: str, tokens: int) -> None:
+        pass
+
     def release(self, session: str) -> None:
         pass
 

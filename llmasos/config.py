@@ -69,6 +69,14 @@ SEND_TIMEOUT_S = 3.0
 """A peer that takes in nothing for this long, although little is under way to it, hangs; more for large frames."""
 SLOW_LINK_BYTES_PER_S = 1.25e6
 """What the slowest link of a hop should carry (10 Mbit/s): how long a large frame may take is reckoned with it."""
+PREFIX_PAGE_TOKENS = 64
+"""Sessions share the beginnings of prompts in units of so many tokens: a page of kv in the compiled blocks."""
+PREFIX_SHARE = 0.25
+"""Of a peer's room for kv, what may hold the beginnings of prompts that have been computed before."""
+PREFIX_LEASE_S = 600.0
+"""A beginning that nobody has asked for in this time is forgotten."""
+MAX_PREFIX_PAGES = 256
+"""Pages of a prompt that a client names, from its first token on: 16,384 tokens."""
 HAND_OVER_RETRY_S = 5.0
 """How often a session looks for somebody to take over from a peer that drains, while there is nobody."""
 ATTACH_TIMEOUT_S = 5.0
@@ -135,6 +143,8 @@ class ClientConfig:
     the second. Smaller chunks fill the pipeline sooner, larger ones use the matrix units better."""
     speculate: bool = True
     """Guess tokens from the text and check several in one step, while that is measured to pay. Changes no text."""
+    share_prefixes: bool = True
+    """Let peers keep the kv of prompts for later ones of this client that begin alike. They learn which do, not how."""
     step_timeout_s: float = 30.0
     """A step that every hop claims to be alive for, and nobody answers, is given up after this long."""
     suspect_after_s: float = 1.5

@@ -31,7 +31,7 @@ from typing import Annotated, Literal
 
 import msgspec
 
-from llmasos.config import MAX_FRAME_BYTES, MAX_HIDDEN, MAX_STEP_TOKENS, DType
+from llmasos.config import MAX_FRAME_BYTES, MAX_HIDDEN, MAX_PREFIX_PAGES, MAX_STEP_TOKENS, DType
 
 VERSION = 1
 PROTOCOL = f"llmasos/{VERSION}"
@@ -47,6 +47,7 @@ Id = Annotated[str, msgspec.Meta(min_length=1, max_length=128)]
 Text = Annotated[str, msgspec.Meta(max_length=MAX_MESSAGE_CHARS)]
 Rows = Annotated[int, msgspec.Meta(ge=0, le=MAX_STEP_TOKENS)]
 Width = Annotated[int, msgspec.Meta(ge=1, le=MAX_HIDDEN)]
+PrefixKey = Annotated[bytes, msgspec.Meta(min_length=16, max_length=16)]
 Address = Annotated[str, msgspec.Meta(max_length=256)]
 Seconds = Annotated[float, msgspec.Meta(ge=0, le=86_400)]
 Spent = tuple[Count, Count]
@@ -118,6 +119,7 @@ class Open(Message, frozen=True, tag="open"):
     `tokens` is what the session expects to hold at most; the peer reserves room for it. Steps arrive on this
     stream, or on one that the peer `upstream` attaches. Output goes to `downstream`; where that is None it comes back
     on this stream: the last `keep` rows, or all of them when the client is to `relay` them to the next hop itself.
+    `prefix` names the pages that its prompt begins with, each by a key for all tokens up to its end.
     With `trace`, steps and results tell what each hop has spent on them.
     """
 
@@ -131,12 +133,18 @@ class Open(Message, frozen=True, tag="open"):
     downstream: NextHop | None = None
     relay: bool = False
     trace: bool = False
+    prefix: Annotated[tuple[PrefixKey, ...], msgspec.Meta(max_length=MAX_PREFIX_PAGES)] = ()
 
 
 class Opened(Message, frozen=True, tag="opened"):
-    """The session is admitted. `kv_free_tokens` is the room left after it."""
+    """The session is admitted. `kv_free_tokens` is the room left after it.
+
+    The first `prefix_tokens` positions are cached already, and have been passed on in an earlier session: whole pages
+    of those that were named.
+    """
 
     kv_free_tokens: Count
+    prefix_tokens: Count = 0
 
 
 class Attach(Message, frozen=True, tag="attach"):

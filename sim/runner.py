@@ -68,6 +68,10 @@ class SimRunner:
         """The cost model itself."""
         return self._speed
 
+    def fork(self, source: str, target: str, tokens: int) -> None:
+        """See `Runner.fork`."""
+        self._caches[target] = {block: outputs[:tokens] for block, outputs in self._caches[source].items()}
+
     def release(self, session: str) -> None:
         """See `Runner.release`."""
         self._caches.pop(session, None)

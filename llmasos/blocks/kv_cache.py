@@ -28,6 +28,13 @@ class BlockKV:
     def nbytes(self) -> int:
         return sum(t.nbytes for t in (self.keys, self.values) if t is not None)
 
+    def first(self, tokens: int) -> "BlockKV":
+        """A copy of the first tokens."""
+        copied = BlockKV()
+        copied.keys = None if self.keys is None else self.keys[:, :tokens].clone()
+        copied.values = None if self.values is None else self.values[:, :tokens].clone()
+        return copied
+
     def write(self, position: int, keys: torch.Tensor, values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Put `(heads, tokens, width)` at `position`; returns everything up to their end, as views."""
         end = position + keys.shape[1]
@@ -78,6 +85,18 @@ class SessionCache:
         if length == 0:
             self._blocks.clear()
             self.span = None
+
+    def fork(self, length: int) -> "SessionCache":
+        """A cache of its own with the first `length` tokens, a multiple of PAGE_TOKENS. Raises UsageError."""
+        self._check_fork(length)
+        forked = SessionCache(self.loaded)
+        forked.span, forked.length = self.span, length
+        forked._blocks = {index: block.first(length) for index, block in self._blocks.items()}
+        return forked
+
+    def _check_fork(self, length: int) -> None:
+        if not 0 < length <= self.length or length % PAGE_TOKENS:
+            raise UsageError(f"cannot share {length} of {self.length} cached tokens: not whole pages of {PAGE_TOKENS}")
 
     def block(self, index: int) -> BlockKV:
         """The buffers of block `index`; made when first asked for."""

@@ -297,7 +297,9 @@ class AsyncLLMasOS:
         prompt_ids = await generator.encode(request.prompt)
         new_tokens = request.new_tokens(len(prompt_ids), generator.spec.context_tokens)
         kv_tokens = len(prompt_ids) + new_tokens
-        async with self.dialogue(model_name, kv_tokens, new_tokens=new_tokens, trace=request.trace) as dialogue:
+        async with self.dialogue(
+            model_name, kv_tokens, new_tokens=new_tokens, prompt_ids=prompt_ids, trace=request.trace
+        ) as dialogue:
             async for piece in generator.run(request, dialogue, prompt_ids, new_tokens):
                 yield piece
 
@@ -308,16 +310,19 @@ class AsyncLLMasOS:
         kv_tokens: int,
         *,
         new_tokens: int = 1,
+        prompt_ids: Sequence[int] = (),
         on_event: OnEvent | None = None,
         trace: bool = False,
     ) -> AsyncIterator[Dialogue]:
         """A session that may serve several turns: what a new prompt shares with the last is not computed again.
 
+        Nor is what the first one, `prompt_ids`, shares with prompts of earlier sessions, where peers still hold that.
         `on_event` hears of this session's events in the place of the client's own.
         """
         router = self._joined
         assert self._network is not None
-        spec = (await self.generator(model_name)).spec
+        generator = await self.generator(model_name)
+        spec = generator.spec
         request = RouteRequest(
             model=spec.name,
             digest=spec.digest,
@@ -330,10 +335,11 @@ class AsyncLLMasOS:
             quantization=self._config.quantization,
         )
         on_event = on_event or self._on_event
-        session = Session(self._network, router, request, self._config, on_event=on_event, trace=trace)
+        prefix = generator.prefix_keys(prompt_ids) if self._config.share_prefixes else ()
+        session = Session(self._network, router, request, self._config, on_event=on_event, trace=trace, prefix=prefix)
         with about(session=session.label):
             async with session:
-                yield Dialogue(session)
+                yield await generator.begin(session, prompt_ids)
 
     async def generator(self, model_name: str) -> Generator:
         """The ends of a model on this machine, loaded when first asked for."""

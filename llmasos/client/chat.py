@@ -181,7 +181,7 @@ class Speaker:
         sampling = SamplingParams(temperature=conversation.temperature, seed=conversation.seed)
         request = GenerationRequest("", max_new_tokens=conversation.max_tokens, sampling=sampling)
         new_tokens = request.new_tokens(len(ids), generator.spec.context_tokens)
-        dialogue = await self._session(len(ids) + new_tokens, generator.spec.context_tokens)
+        dialogue = await self._session(ids, new_tokens, generator.spec.context_tokens)
         try:
             async with aclosing(generator.events(request, dialogue, ids, new_tokens)) as events:
                 async for event in events:
@@ -193,12 +193,13 @@ class Speaker:
             await self.close()  # the next turn tries with a fresh one
             raise
 
-    async def _session(self, tokens: int, context: int) -> "Dialogue":
+    async def _session(self, ids: list[int], new_tokens: int, context: int) -> "Dialogue":
+        tokens = len(ids) + new_tokens
         if self._dialogue is None or tokens > self._room:
             await self.close()
             self._room = min(max(2 * tokens, ROOM_TOKENS), context)
             self._stack = AsyncExitStack()
-            opened = self._client.dialogue(self._model, self._room, new_tokens=64)
+            opened = self._client.dialogue(self._model, self._room, new_tokens=64, prompt_ids=ids)
             self._dialogue = await self._stack.enter_async_context(opened)
         return self._dialogue
 

@@ -182,7 +182,12 @@ class Texts:
         try:
             async with (
                 self.client.dialogue(
-                    self.source, kv_tokens, new_tokens=max(new_tokens, 1), on_event=live.hear, trace=True
+                    self.source,
+                    kv_tokens,
+                    new_tokens=max(new_tokens, 1),
+                    prompt_ids=prompt.ids,
+                    on_event=live.hear,
+                    trace=True,
                 ) as dialogue,
                 aclosing(self.generator.events(request, dialogue, prompt.ids, new_tokens)) as events,
             ):

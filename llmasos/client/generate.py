@@ -4,9 +4,12 @@ The embedding, the final norm and the head stay with the client: token ids and t
 """
 
 import asyncio
+import secrets
+from array import array
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
+from hashlib import blake2b
 from typing import Any, Literal, TypeVar
 
 import torch
@@ -22,6 +25,7 @@ from llmasos.client.session import Session
 from llmasos.client.speculation import Speculator
 from llmasos.client.text import Detokenizer, StopText
 from llmasos.client.trace import Trace
+from llmasos.config import MAX_PREFIX_PAGES, PREFIX_PAGE_TOKENS
 from llmasos.errors import MissingBlocksError, UsageError
 
 T = TypeVar("T")
@@ -194,6 +198,7 @@ class Generator:
         self._grammars = Grammars(tokenizer, ends.vocab_size, spec.eos_token_ids)
         self._thread = ThreadPoolExecutor(1, "model-ends")
         self._head = SharedHead(ends, self._thread)
+        self._secret = secrets.token_bytes(16)
 
     @property
     def has_chat_template(self) -> bool:
@@ -228,6 +233,25 @@ class Generator:
         except TEMPLATE_FAILURES as error:
             raise UsageError(f"the chat template of {self.spec.name} refuses the conversation: {error}") from error
         return prompt
+
+    def prefix_keys(self, ids: Sequence[int]) -> list[bytes]:
+        """A name for each page of a prompt that stands for all tokens up to its end; its last token is in none.
+
+        They are made with a secret of this process: who sees them learns which prompts begin alike, not what they say.
+        """
+        keys: list[bytes] = []
+        for page in range(min((len(ids) - 1) // PREFIX_PAGE_TOKENS, MAX_PREFIX_PAGES)):
+            tokens = array("I", ids[page * PREFIX_PAGE_TOKENS : (page + 1) * PREFIX_PAGE_TOKENS]).tobytes()
+            before = keys[-1] if keys else b""
+            keys.append(blake2b(before + tokens, key=self._secret, digest_size=16).digest())
+        return keys
+
+    async def begin(self, session: Session, ids: Sequence[int]) -> Dialogue:
+        """A dialogue on a session that was opened with the `prefix_keys` of `ids`: what all hops hold is not sent."""
+        held = list(ids[: session.prefix_tokens])
+        if held:
+            session.begin_with(await self._on_thread(lambda: from_torch(self._ends.embed(held, 0))))
+        return Dialogue(session, held)
 
     def close(self) -> None:
         """Let the thread go."""

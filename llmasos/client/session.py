@@ -17,7 +17,7 @@ import asyncio
 import itertools
 import logging
 from collections import deque
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import replace
 from types import TracebackType
 from typing import Self
@@ -65,7 +65,9 @@ class Session:
         *,
         on_event: OnEvent = ignore,
         trace: bool = False,
+        prefix: Sequence[bytes] = (),
     ) -> None:
+        """`prefix` names the first pages of what will be sent: see `prefix_tokens`."""
         if request.model_blocks is None:
             raise ValueError("a session must know how many blocks its model has")
         self.failovers = 0
@@ -80,6 +82,7 @@ class Session:
         self._config = config
         self._id = router.new_session_id()
         self.label = session_label(self._id)
+        self._prefix = tuple(prefix)
         self._hops = Hops(request.model_blocks)
         self._inputs = History()
         self._answered = 0  # positions below this are answered, and cached on every hop that is not lagging
@@ -88,6 +91,18 @@ class Session:
         self._names = itertools.count()
         self._blame = Blame()
         self._connections = Connections(network, router, config, self._hear, self._on_lost)
+
+    @property
+    def prefix_tokens(self) -> int:
+        """How many positions every hop held when the session was opened on it. None counts once a row was sent."""
+        return min((hop.prefix_tokens for hop in self._hops), default=0) if self._inputs.length == 0 else 0
+
+    def begin_with(self, rows: Tensor) -> None:
+        """Go on behind the first positions of those `prefix_tokens`: `rows` are what would have been sent for them."""
+        if self._inputs.length or rows.tokens > self.prefix_tokens:
+            raise UsageError(f"{rows.tokens} positions are not held by every hop")
+        self._inputs.write(0, rows)
+        self._answered = rows.tokens
 
     @property
     def length(self) -> int:
@@ -331,6 +346,7 @@ class Session:
             tokens=self._request.kv_tokens,
             upstream=sides.upstream,
             downstream=sides.downstream,
+            prefix=self._prefix if self._inputs.length == 0 else (),
             trace=self.tracer is not None,
         )
         await self._connections.open(hop, request)

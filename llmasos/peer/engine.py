@@ -5,9 +5,12 @@ scheduler decides what it runs, the runner runs it.
 """
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
+from llmasos.config import PREFIX_PAGE_TOKENS
+from llmasos.history import History
+from llmasos.peer.prefixes import Prefix, Prefixes
 from llmasos.peer.runner import Chunk, Fault, Runner
 from llmasos.peer.scheduler import Scheduler, Slice
 from llmasos.peer.watcher import Watcher
@@ -47,6 +50,7 @@ class Engine:
     ) -> None:
         self.runner = runner
         self.scheduler = scheduler
+        self.prefixes = Prefixes(runner, scheduler)
         self._clock = clock
         self._watcher = watcher or Watcher()
         self.passes = 0
@@ -63,8 +67,25 @@ class Engine:
         Raises what `Scheduler.submit` raises.
         """
         self.scheduler.submit(session, step, position, hidden.tokens)
+        self.prefixes.make_way(self._clock())
         self._pending[session, step] = _Pending(span, hidden, done, self._clock())
         self._wake.set()
+
+    def admit(self, session: str, tokens: int, prefix: Prefix | None = None) -> None:
+        """Reserve room for a session; it begins with what `prefix` holds. Raises KvFullError."""
+        self.scheduler.admit(session, tokens)
+        if prefix is not None:
+            self.runner.fork(prefix.source, session, prefix.tokens)
+            self.scheduler.adopt(session, prefix.tokens)
+        self.prefixes.make_way(self._clock())
+
+    def find_prefix(self, owner: str, span: Span, keys: Sequence[bytes], tokens: int) -> Prefix | None:
+        """What is there of the pages `keys` of one's prompt, of which `tokens` are to be cached."""
+        return self.prefixes.find(owner, span, keys[: tokens // PREFIX_PAGE_TOKENS], self._clock())
+
+    def keep_prefix(self, owner: str, span: Span, keys: Sequence[bytes], session: str, outputs: History) -> None:
+        """Keep those pages for others. Only from within `done`: no pass works on the session then."""
+        self.prefixes.keep(owner, span, keys, session, outputs, self._clock())
 
     def abandon(self, session: str) -> None:
         """Drop what a session has queued; a step that a pass is working on is finished."""

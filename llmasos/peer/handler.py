@@ -119,14 +119,21 @@ class Handler:
             await stream.send(encode(refusal))
             return
         key = f"{next(self._keys)}"
+        span = Span(request.start, request.end)
+        prefix = self._engine.find_prefix(stream.peer, span, request.prefix, request.tokens)
         try:
-            self._engine.scheduler.admit(key, request.tokens)
+            self._engine.admit(key, request.tokens, prefix)
         except KvFullError as error:
             self._watcher.refused("kv_full")
             await stream.send(encode(Failed(code="refused", message=str(error), retry_after_s=1.0)))
             return
-        session = PeerSession(key, request, stream, self._network, self._engine)
-        session.tell(Opened(kv_free_tokens=self._engine.scheduler.kv_free_tokens))
+        session = PeerSession(key, request, stream, self._network, self._engine, prefix)
+        session.tell(
+            Opened(
+                kv_free_tokens=self._engine.scheduler.kv_free_tokens,
+                prefix_tokens=prefix.tokens if prefix is not None else 0,
+            )
+        )
         self._sessions[request.session] = session
         try:
             await self._notify()

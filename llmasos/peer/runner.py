@@ -73,6 +73,11 @@ class Runner(Protocol):
     async def measure(self) -> Speed:
         """Time the blocks. Called once, before sessions come."""
 
+    def fork(self, source: str, target: str, tokens: int) -> None:
+        """Give the new session `target` the kv of the first `tokens` positions of `source`: whole pages of
+        `PREFIX_PAGE_TOKENS`, all of them cached. Not while `source` is in a running pass.
+        """
+
     def release(self, session: str) -> None:
         """Free a session's kv cache. Not while it is in a running pass. Unknown sessions are ignored."""
 

@@ -113,6 +113,10 @@ class Scheduler:
         self._reserve(tokens)
         self._sessions[session] = _Session(reserved=tokens)
 
+    def adopt(self, session: str, tokens: int) -> None:
+        """The first `tokens` positions of an admitted session, within its reservation, are cached already."""
+        self._sessions[session].cached = tokens
+
     def submit(self, session: str, step: int, position: int, tokens: int) -> None:
         """Queue a step. A position below the end rolls the session back to it when the step runs.
 

@@ -12,12 +12,13 @@ from dataclasses import dataclass
 
 from msgspec import UNSET
 
-from llmasos.config import MAX_PENDING_TOKENS, RECORDED_STEPS, SESSION_LEASE_S
+from llmasos.config import MAX_PENDING_TOKENS, PREFIX_PAGE_TOKENS, RECORDED_STEPS, SESSION_LEASE_S
 from llmasos.errors import ConnectionLostError, short_id
 from llmasos.history import History
 from llmasos.network import Network, Stream
 from llmasos.peer.engine import Engine
 from llmasos.peer.link import Link, Outbox
+from llmasos.peer.prefixes import Prefix
 from llmasos.peer.runner import Fault
 from llmasos.peer.scheduler import GapError, KvFullError
 from llmasos.span import Span
@@ -62,7 +63,15 @@ class PeerSession:
     Failures are always told to the client, whoever sent the step. `close()` must be awaited at the end.
     """
 
-    def __init__(self, key: str, request: Open, client: Stream, network: Network, engine: Engine) -> None:
+    def __init__(
+        self,
+        key: str,
+        request: Open,
+        client: Stream,
+        network: Network,
+        engine: Engine,
+        prefix: Prefix | None = None,
+    ) -> None:
         self.key = key
         self.span = Span(request.start, request.end)
         self.upstream = request.upstream
@@ -70,7 +79,8 @@ class PeerSession:
         self._client = client
         self._network = network
         self._engine = engine
-        self._outputs = History()
+        self._outputs = prefix.outputs if prefix is not None else History()
+        self._to_keep = request.prefix  # until their rows have been computed
         self._record: OrderedDict[int, _Output] = OrderedDict()
         self._last_step = -1
         self._wanted_from = 0  # steps below this are no longer waited for: the client has rerouted since
@@ -193,6 +203,9 @@ class PeerSession:
 
     def _finish(self, output: _Output) -> None:
         self._outputs.write(output.position, output.rows)
+        if self._to_keep and self._outputs.length >= len(self._to_keep) * PREFIX_PAGE_TOKENS:
+            self._engine.keep_prefix(self._client.peer, self.span, self._to_keep, self.key, self._outputs)
+            self._to_keep = ()
         self._record[output.step] = output
         if len(self._record) > RECORDED_STEPS:
             self._record.popitem(last=False)

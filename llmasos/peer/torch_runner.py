@@ -68,6 +68,10 @@ class TorchRunner:
         """See `Runner.measure`."""
         return await asyncio.get_running_loop().run_in_executor(self._thread, self._measure)
 
+    def fork(self, source: str, target: str, tokens: int) -> None:
+        """See `Runner.fork`."""
+        self._caches[target] = self._caches[source].fork(tokens)
+
     def release(self, session: str) -> None:
         """See `Runner.release`."""
         self._caches.pop(session, None)

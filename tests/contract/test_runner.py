@@ -159,3 +159,18 @@ async def test_the_loop_stays_free_while_it_computes(side: Side) -> None:
     await run(side, "s", 0, side.rows(64, 11))
     ticker.cancel()
     assert ticks > 1
+
+
+async def test_a_fork_goes_on_by_itself(side: Side) -> None:
+    rows = side.rows(200, 12)
+    whole = await run(side, "whole", 0, rows)
+    await run(side, "s", 0, rows.rows(0, 150))
+    side.runner.fork("s", "fork", 128)
+    other = side.rows(60, 13)
+    await run(side, "s", 70, other)  # the source is cut back into what is shared, and goes another way
+    assert side.close(await run(side, "fork", 128, rows.rows(128, 200)), whole.rows(128, 200))
+    assert side.close(await run(side, "fork", 100, rows.rows(100, 200)), whole.rows(100, 200))
+    side.runner.release("fork")
+    again = await run(side, "beside", 0, rows.rows(0, 70))
+    assert side.close(again, whole.rows(0, 70))
+    assert side.close(await run(side, "beside", 70, other), await run(side, "s", 70, other))

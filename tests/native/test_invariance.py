@@ -85,3 +85,33 @@ def test_every_row_count_gives_the_same_bits(kind: str) -> None:
                 parts.append(part)
                 done += count
             assert np.array_equal(np.concatenate(parts), together), (variant, cuts)
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.data())
+def test_forks_share_bytes_and_nothing_else(data: st.DataObject) -> None:
+    """Sessions that fork, are cut back and go on have the bits of sessions that were always alone."""
+    recipe = data.draw(st.integers(0, len(RECIPES) - 1))
+    variant = native.variants()[0]
+    stack = stack_of(recipe, "float32", 1, variant)
+    expected, rows = alone(recipe, "float32", variant, 0), rows_of(LENGTH, HIDDEN, 0)
+    caches: list[tuple[Cache, int]] = [(stack.new_cache(), 0)]
+    for _ in range(data.draw(st.integers(1, 12))):
+        index = data.draw(st.integers(0, len(caches) - 1))
+        cache, held = caches[index]
+        match data.draw(st.sampled_from(["go on", "cut back", "fork", "drop"])):
+            case "go on" if held < LENGTH:
+                some = data.draw(st.integers(1, LENGTH - held))
+                part = rows[held : held + some].copy()
+                stack.forward(0, stack.layers, [(cache, held, some)], part)
+                assert np.array_equal(part, expected[held : held + some])
+                caches[index] = cache, held + some
+            case "cut back":
+                held = data.draw(st.integers(0, held))
+                cache.truncate(held)
+                caches[index] = cache, held
+            case "fork":
+                shared = data.draw(st.integers(0, held // 64)) * 64
+                caches.append((cache.fork(shared), shared))
+            case "drop" if len(caches) > 1:
+                del caches[index]

@@ -22,10 +22,10 @@ from llmasos.wire import Tensor
 class NativeCache(SessionCache):
     """The kv of one session, in pages of the library: float32, made by need, freed when cut off."""
 
-    def __init__(self, loaded: Span, stack: Stack) -> None:
+    def __init__(self, loaded: Span, stack: Stack, pages: Cache | None = None) -> None:
         super().__init__(loaded)
         self._stack = stack
-        self.pages = stack.new_cache()
+        self.pages = pages or stack.new_cache()
 
     @property
     def nbytes(self) -> int:
@@ -41,6 +41,13 @@ class NativeCache(SessionCache):
         """Forget all but the first `length` tokens, and free the pages behind them."""
         super().truncate(length)
         self.pages.truncate(length)
+
+    def fork(self, length: int) -> "NativeCache":
+        """A cache of its own with the first `length` tokens, whole pages; their memory is shared."""
+        self._check_fork(length)
+        forked = NativeCache(self.loaded, self._stack, self.pages.fork(length))
+        forked.span, forked.length = self.span, length
+        return forked
 
 
 class NativeBlocks(DecoderBlocks):

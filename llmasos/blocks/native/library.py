@@ -75,7 +75,8 @@ _FUNCTIONS: dict[str, tuple[Any, list[Any]]] = {
     "stack_forward": (INT, [POINTER, INT, INT, ctypes.POINTER(ChunkStruct), INT, POINTER]),
     "cache_new": (POINTER, [POINTER]),
     "cache_free": (None, [POINTER]),
-    "cache_truncate": (None, [POINTER, LONG]),
+    "cache_fork": (POINTER, [POINTER, LONG]),
+    "cache_truncate": (INT, [POINTER, LONG]),
     "cache_bytes": (LONG, [POINTER]),
 }
 

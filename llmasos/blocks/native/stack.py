@@ -131,10 +131,10 @@ def separate(gate_up: Array, rows: int) -> tuple[Array, Array]:
 class Cache:
     """Keys and values of one session in all layers of a stack."""
 
-    def __init__(self, stack: "Stack") -> None:
+    def __init__(self, stack: "Stack", handle: int | None = None) -> None:
         self.stack = stack  # lives as long as its caches
         self._call = stack.call
-        self.handle = _given(self._call["cache_new"](stack.handle))
+        self.handle = _given(self._call["cache_new"](stack.handle)) if handle is None else handle
 
     @property
     def nbytes(self) -> int:
@@ -142,7 +142,13 @@ class Cache:
 
     def truncate(self, tokens: int) -> None:
         """Forget all but the first `tokens` positions."""
-        self._call["cache_truncate"](self.handle, tokens)
+        _succeed(self._call["cache_truncate"](self.handle, tokens))
+
+    def fork(self, tokens: int) -> "Cache":
+        """A cache with the first `tokens` positions, which must be whole pages that are there. Shares their memory."""
+        if tokens % PAGE_TOKENS:
+            raise ValueError(f"{tokens} positions are not whole pages of {PAGE_TOKENS}")
+        return Cache(self.stack, _given(self._call["cache_fork"](self.handle, tokens)))
 
     def __del__(self) -> None:
         if getattr(self, "handle", 0):

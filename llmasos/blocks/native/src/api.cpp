@@ -102,6 +102,14 @@ API Cache* llmasos_cache_new(const Stack* stack) {
 
 API void llmasos_cache_free(Cache* cache) { delete cache; }
 
-API void llmasos_cache_truncate(Cache* cache, int64_t tokens) { cache->truncate(tokens); }
+API Cache* llmasos_cache_fork(const Cache* cache, int64_t tokens) {
+    Cache* forked = nullptr;
+    succeeded([&] { forked = cache->fork(tokens).release(); });
+    return forked;
+}
+
+API int llmasos_cache_truncate(Cache* cache, int64_t tokens) {
+    return succeeded([&] { cache->truncate(tokens); });
+}
 
 API int64_t llmasos_cache_bytes(const Cache* cache) { return cache->nbytes(); }

@@ -4,10 +4,12 @@
 // - Pages are made when the first of their positions is written and freed when the last is cut off.
 // - A page holds, for each kv head, the keys as (head_dim, 64) and the values as (64, head_dim padded to 16): the way
 //   the kernels read them as weights. Values behind the last position are finite.
-// - Nothing is shared between sessions.
+// - A page may be shared with caches that were forked from this one. Nobody writes to a shared page: positions are
+//   written behind the last one only, and the page that holds the end is copied when it is cut back to there.
 #pragma once
 
 #include <cstdint>
+#include <memory>
 #include <vector>
 
 #include "kernels.h"
@@ -26,6 +28,10 @@ class Cache {
     // Forget the positions from `tokens` on, in all layers.
     void truncate(int64_t tokens);
 
+    // A cache that holds the first `tokens` positions, which must be whole pages; no byte of them is copied. Throws
+    // std::bad_alloc.
+    std::unique_ptr<Cache> fork(int64_t tokens) const;
+
     float* const* pages(int layer) const { return pages_[layer].data(); }
     int64_t keys_at(int kv_head) const { return kv_head * page_floats(head_dim_); }
     int64_t values_at(int kv_head) const { return keys_at(kv_head) + int64_t{PAGE_TOKENS} * head_dim_; }
@@ -37,6 +43,8 @@ class Cache {
     int64_t nbytes() const;
 
   private:
+    float* make_page() const;
+
     int kv_heads_, head_dim_;
     std::vector<std::vector<float*>> pages_;  // by layer
 };
