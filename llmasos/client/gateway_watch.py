@@ -97,6 +97,7 @@ class Watch:
             "samples": list(self._samples),
             "rtt_s": self._client.round_trips(),
             "relayed": self._client.relayed(),
+            "join": list(self._client.endpoints),
         }
 
     async def run(self) -> None:
