@@ -14,7 +14,7 @@ from llmasos.span import Span
 from sim.calibrate import Calibration, Point, fit
 from sim.compare import Comparison
 from sim.compare import draw as draw_comparison
-from sim.local import LocalFault
+from sim.local import LocalFault, LocalWork
 from sim.plot import check, draw
 from sim.scenario import load, resize
 from sim.simulation import simulate
@@ -71,6 +71,10 @@ def test_faults_of_local_processes() -> None:
     for text in ("peer2", "@5s", "peer2@soon", "peer2@-1s"):
         with pytest.raises(UsageError, match="which peer and when"):
             LocalFault.parse("stop", text)
+    work = LocalWork(("a prompt",), faults=(LocalFault("kill", "peer4", 1.0),))
+    work.check(["peer3", "peer4"])
+    with pytest.raises(UsageError, match="there is no peer4 to kill"):
+        work.check(["peer1", "peer2"])
 
 
 def test_list_shows_every_scenario() -> None:
@@ -105,6 +109,11 @@ def test_a_violation_ends_with_the_replay_command(tmp_path: Path) -> None:
         (["run", "steady", "--peers", "1"], "do not cover"),
         (["hunt", "--scenario", "nonsense"], "there is no scenario"),
         (["compare", "nonsense"], "there is no scenario"),
+        (["local", "--latency", "5"], "'5' is no latency"),
+        (["local", "--link", "peer1=5ms"], "which two are linked"),
+        (["local", "--spans", "0:10,20:30"], "nobody has 10:20"),
+        (["local", "--peers", "1", "--speedup"], "one peer is what a speedup is measured against"),
+        (["local", "--peers", "2", "--spans", "0:30"], "not allowed with"),
     ],
 )
 def test_wrong_usage(arguments: list[str], words: str) -> None:
