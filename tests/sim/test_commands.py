@@ -11,7 +11,7 @@ import sim.plot
 from llmasos.errors import UsageError
 from llmasos.peer.runner import Speed
 from llmasos.span import Span
-from sim.calibrate import Calibration, Point, fit
+from sim.calibrate import Calibration, Point, calibrate, fit
 from sim.compare import Comparison
 from sim.compare import draw as draw_comparison
 from sim.local import LocalFault, LocalWork
@@ -57,6 +57,15 @@ def test_the_cost_model_is_the_line_through_the_points() -> None:
     assert found.speed.row_s == pytest.approx(truth.row_s)
     assert found.worst_error < 1e-9
     assert found.as_toml() == "[peers]\nblock_ms = 1.3000\nrow_ms = 0.0700\n"
+
+
+async def test_a_calibration_is_of_the_real_runner_and_makes_a_scenario(tmp_path: Path) -> None:
+    found = await calibrate("smollm2", Span(3, 5))
+    assert {(point.sessions, point.rows) for point in found.points} >= {(1, 1), (16, 1), (1, 128)}
+    assert found.predict(Point(1, 128, 0.0)) > found.predict(Point(1, 1, 0.0)) > 0
+    path = tmp_path / "measured.toml"
+    path.write_text(f'title = "measured"\nduration_s = 2\n{found.as_toml()}')
+    assert load(str(path)).peers.block_ms == pytest.approx(1e3 * found.speed.first_row_s, abs=1e-4)
 
 
 def test_noise_never_makes_a_cost_negative() -> None:
