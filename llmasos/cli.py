@@ -13,7 +13,7 @@ from llmasos.cli_route import add_route, route
 from llmasos.cli_serve import add_gateway, add_key, add_up, gateway, key, up
 from llmasos.client.chat import add_chat, chat, tell_event
 from llmasos.config import ClientConfig, NetworkConfig
-from llmasos.console import add_numbers, parser, run, say, set_up_logging, show, subcommand, tell, whole
+from llmasos.console import add_numbers, parser, progress, run, say, set_up_logging, show, subcommand, tell, whole
 from llmasos.doctor import add_doctor, doctor
 from llmasos.errors import UsageError
 
@@ -89,7 +89,10 @@ async def status(args: Namespace) -> None:
 
 
 async def models(args: Namespace) -> None:
-    """What can be named as a model here: aliases, and what a swarm serves."""
+    """What can be named as a model here: aliases, and what a swarm serves. Or fetch one."""
+    if args.pull is not None:
+        await _pull(args)
+        return
     from llmasos.blocks.registry import ALIASES, resolve
 
     found: list[dict[str, Any]] = []
@@ -113,6 +116,18 @@ async def models(args: Namespace) -> None:
         if entry["alias_of"]:
             say(f"  alias of {entry['alias_of']}; embedded here with its package", style="dim")
     say("besides: hub ids (organisation/name), directories of safetensors, .gguf files", style="dim")
+
+
+async def _pull(args: Namespace) -> None:
+    """Fetch a model; stdout: where it is."""
+    say(f"looking for {args.pull}")
+    from llmasos.blocks.pull import pull
+
+    with progress(f"fetching {args.pull}") as report:
+        pulled = await asyncio.to_thread(pull, args.pull, report)
+    found = {"model": args.pull, "path": str(pulled.path), "files": pulled.files, "size_bytes": pulled.size_bytes}
+    show(json.dumps(found, ensure_ascii=False) if args.json else found["path"])
+    say(f"{pulled.files} files, {pulled.size_bytes / 1e6:,.0f} MB, checksums are right", style="dim")
 
 
 async def _look(join: list[str]) -> dict[str, Any]:
@@ -198,6 +213,7 @@ def _add_status(command: ArgumentParser) -> None:
 
 def _add_models(command: ArgumentParser) -> None:
     _add_join(command, required=False)
+    command.add_argument("--pull", metavar="NAME", help="fetch this model now, and check it: an alias or a hub id")
     _add_json(command)
 
 
@@ -227,7 +243,12 @@ COMMANDS = {
     "route": Command(
         route, add_route, "Show the route that a request would take, and why.", f"  llmasos route --explain {JOIN}"
     ),
-    "models": Command(models, _add_models, "List what can be named as a model.", f"  llmasos models {JOIN}"),
+    "models": Command(
+        models,
+        _add_models,
+        "List what can be named as a model, or fetch one.",
+        f"  llmasos models {JOIN}\n  llmasos models --pull smollm2",
+    ),
     "doctor": Command(doctor, add_doctor, "Find out what is wrong here.", f"  llmasos doctor {JOIN}"),
 }
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from llmasos.config import PONG_TIMEOUT_S, NetworkConfig
 from llmasos.console import add_numbers, say, show, tell, whole
 from llmasos.errors import MissingBlocksError, PeerError
-from llmasos.network import Network, call
+from llmasos.network import Network
 from llmasos.wire import PROTOCOL, Contact, Ping, encode
 
 if TYPE_CHECKING:
@@ -61,20 +61,32 @@ async def route(args: Namespace) -> None:
         _explain(found, args)
 
 
+async def round_trip_s(network: Network, record: "PeerRecord") -> float | None:
+    """To a peer and back, once there is a connection; None when it does not answer."""
+    try:
+        async with asyncio.timeout(PONG_TIMEOUT_S):
+            stream = await network.connect(Contact(record.peer, record.addresses), PROTOCOL)
+            try:
+                for _ in range(2):  # the first answers to the opening of the stream as well
+                    begin = network.now()
+                    await stream.send(encode(Ping()))
+                    await stream.receive()
+            finally:
+                await stream.close()
+    except (PeerError, TimeoutError):
+        return None
+    return max(network.now() - begin, 0.0)
+
+
 async def _measure(network: Network, peers: list["PeerRecord"], health: "Health") -> None:
     """Ping them all at once; who does not answer is a failure that the planner reckons with."""
 
     async def ping(record: "PeerRecord") -> None:
-        loop = asyncio.get_running_loop()
-        contact = Contact(record.peer, record.addresses)
-        try:
-            await call(network, contact, PROTOCOL, encode(Ping()), PONG_TIMEOUT_S)  # connects as well
-            begin = loop.time()
-            await call(network, contact, PROTOCOL, encode(Ping()), PONG_TIMEOUT_S)
-        except PeerError:
+        rtt_s = await round_trip_s(network, record)
+        if rtt_s is None:
             health.failed(record.peer, network.now())
         else:
-            health.saw_rtt(record.peer, loop.time() - begin, network.now())
+            health.saw_rtt(record.peer, rtt_s, network.now())
 
     await asyncio.gather(*(ping(record) for record in peers))
 

@@ -8,16 +8,22 @@ import shutil
 import socket
 import sys
 from argparse import ArgumentParser, Namespace
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Literal
+from statistics import median
+from typing import TYPE_CHECKING, Literal
 
 from llmasos import __version__
+from llmasos.cli_route import MAX_PINGED, round_trip_s
 from llmasos.config import NetworkConfig
 from llmasos.console import say, show, whole
 from llmasos.errors import LLMasOSError
 from llmasos.multiaddr import parse_multiaddr
+
+if TYPE_CHECKING:
+    from llmasos.network import Network
+    from llmasos.routing.records import PeerRecord
 
 Verdict = Literal["ok", "warn", "fail"]
 
@@ -105,7 +111,7 @@ def _versions() -> list[Finding]:
     if missing:
         findings.append(Finding("packages", "fail", f"{', '.join(missing)} not installed", "make install"))
     else:
-        findings.append(Finding("packages", "ok", f"llmasos {__version__}, {', '.join(found)}"))
+        findings.append(Finding("packages", "ok", f"llmasos {__version__}, {', '.join(found[:3])}"))
     return findings
 
 
@@ -137,7 +143,25 @@ def _daemon() -> list[Finding]:
     path = Path(p2pd_path())
     if not os.access(path, os.X_OK):
         return [Finding("p2p daemon", "fail", f"{path} is not there or cannot be run", "make clean install")]
-    return [Finding("p2p daemon", "ok", str(path))]
+    return [Finding("p2p daemon", "ok", f"{path.name} can be run")]
+
+
+async def _relay(network: "Network", records: Sequence["PeerRecord"]) -> Finding:
+    """Whether everybody is reached directly: nobody relays connections, so whoever is not is of no use from here."""
+    records = records[:MAX_PINGED]
+    rtts_s = await asyncio.gather(*(round_trip_s(network, record) for record in records))
+    silent = [record for record, rtt_s in zip(records, rtts_s, strict=True) if rtt_s is None]
+    known_s = [rtt_s for rtt_s in rtts_s if rtt_s is not None]
+    if not silent:
+        answer = "1 peer answers" if len(records) == 1 else f"{len(records)} peers answer"
+        return Finding("relay", "ok", f"none is needed: {answer} directly, in {1e3 * median(known_s):.0f} ms")
+    names = ", ".join(f"{record.peer[-8:]} at {(*record.addresses, 'no address')[0]}" for record in silent[:3])
+    return Finding(
+        "relay",
+        "warn" if known_s else "fail",
+        f"{len(silent)} of {len(records)} peers cannot be reached directly, and nobody relays: {names}",
+        "on their side: --host 0.0.0.0 --port N, and that port open in the firewall",
+    )
 
 
 def _port(port: int) -> Finding:
@@ -194,6 +218,9 @@ async def _swarm(join: list[str], model: str) -> list[Finding]:
         await directory.refresh_all()
         now = network.now()
         served = status(directory.view, now)["models"]
+        records = [record for record in directory.view.peers(model) if record.peer != network.peer_id]
+        if records:
+            findings.append(await _relay(network, records))
         ahead = max((record.announced_at - now for record in directory.view.peers(model)), default=0.0)
     entry = next((entry for entry in served if entry["model"] == model), None)
     if entry is None:

@@ -2,10 +2,10 @@
 
 import asyncio
 import random
+from collections.abc import Callable
 from contextlib import AsyncExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
-from llmasos.config import PeerConfig
 from llmasos.peer.peer import Peer
 from llmasos.peer.resident import Loaded, Resident
 from llmasos.peer.runner import Speed
@@ -19,7 +19,10 @@ from sim.swarm import CPU_SPEED, SimCluster
 
 @dataclass
 class AutoPeer:
-    """One of them. `spans` lists where it has served, with the times (virtual seconds) at which it came online."""
+    """One of them. `spans` lists where it has served, with the times (virtual seconds) at which it came online.
+
+    `came` hears when it is online, `went` when it leaves its span, and for where; `broke` what ended its life early.
+    """
 
     cluster: SimCluster
     name: str
@@ -28,6 +31,10 @@ class AutoPeer:
     speed: Speed = CPU_SPEED
     kv_tokens: int = 65_536
     load_s: float = 5.0
+    after_pass: Callable[[], None] = lambda: None
+    came: Callable[[Span], None] = lambda span: None
+    went: Callable[[Span | None], None] = lambda going_to: None
+    broke: Callable[[BaseException], None] = lambda error: None
 
     def __post_init__(self) -> None:
         self.spans: list[tuple[float, Span]] = []
@@ -40,12 +47,18 @@ class AutoPeer:
         life = AsyncExitStack()
         await life.enter_async_context(place)
         task = asyncio.create_task(self._live(place), name=f"life of {self.name}")
+        task.add_done_callback(self._ended)
         life.push_async_callback(self._end, task)
         self.cluster.adopt(self.name, life)
 
     async def _end(self, task: asyncio.Task[None]) -> None:
         self._stop.set()
-        await asyncio.gather(task, return_exceptions=True)
+        await asyncio.wait([task])
+
+    def _ended(self, task: asyncio.Task[None]) -> None:
+        error = None if task.cancelled() else task.exception()
+        if error is not None:
+            self.broke(error)
 
     async def _live(self, network: SimNetwork) -> None:
         model, rng = self.cluster.model, random.Random(self.seed)
@@ -60,9 +73,10 @@ class AutoPeer:
             throughput,
             network.now(),
             rng,
+            digest=model.digest,
             me=network.peer_id,
         )
-        config = PeerConfig(name=self.name)
+        config = replace(self.cluster.config, name=self.name)
         resident = Resident(network, model.served, config, self, directory, rng, moves=True)
         await resident.live(span, self.speed, "float32", self._stop)
 
@@ -71,15 +85,17 @@ class AutoPeer:
     async def load(self, span: Span) -> Loaded:
         """See `Host.load`."""
         await asyncio.sleep(self.load_s)
-        return Loaded(SimRunner(span, self.speed), self.kv_tokens)
+        return Loaded(SimRunner(span, self.speed, after_pass=self.after_pass), self.kv_tokens)
 
     async def ready(self, peer: Peer) -> None:
         """See `Host.ready`."""
         self._peer = peer
         self.cluster.peers[self.name] = peer
         self.spans.append((asyncio.get_running_loop().time(), peer.runner.span))
+        self.came(peer.runner.span)
 
     def leaving(self, going_to: Span | None) -> None:
         """See `Host.leaving`."""
+        self.went(going_to)
         if self.cluster.peers.get(self.name) is self._peer:
             del self.cluster.peers[self.name]

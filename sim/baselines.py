@@ -14,6 +14,7 @@ mix numerics, as ours does: what differs is the choice.
 `flow_rows_per_s` is no policy: it is what no router could exceed.
 """
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from random import Random
 
@@ -55,7 +56,7 @@ def make_policy(name: str, where: Map, home: str) -> Policy | None:
     raise UsageError(f"there is no policy {name!r}", hint=f"take one of {', '.join(POLICIES)}")
 
 
-class _Baseline:
+class _Baseline(ABC):
     """What all of them share: who may serve, and the error when nobody does."""
 
     def __call__(self, view: SwarmView, request: RouteRequest, now: float, rng: Random, health: Health) -> Route:
@@ -78,11 +79,11 @@ class _Baseline:
             )
         )
 
+    @abstractmethod
     def choose(
         self, able: Sequence[PeerRecord], start: int, end: int, now: float, rng: Random, health: Health
     ) -> list[tuple[PeerRecord, Span]] | None:
         """A chain over the blocks `[start, end)`; None when there is none."""
-        raise NotImplementedError
 
 
 class _Greedy(_Baseline):

@@ -12,7 +12,8 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from llmasos.peer.runner import Chunk, Speed
+from llmasos.errors import LLMasOSError
+from llmasos.peer.runner import Chunk, Fault, Runner, Speed
 from llmasos.span import Span
 
 DECODING = (1, 2, 4, 8, 16)
@@ -94,16 +95,25 @@ async def calibrate(model: str, span: Span) -> Calibration:
         for sessions, rows in [*((count, 1) for count in DECODING), *((1, count) for count in PROMPTS)]:
             names = [f"{sessions} {rows} {index}" for index in range(sessions)]
             before = from_torch(torch.randn(CACHED_TOKENS, runner.hidden_size, generator=noise))
-            await runner.run([Chunk(name, span, 0, before) for name in names])
+            await _pass_s(runner, [Chunk(name, span, 0, before) for name in names])
             taken = []
             for _ in range(PASSES):
                 hidden = from_torch(torch.randn(rows, runner.hidden_size, generator=noise))
-                begin = time.perf_counter()
-                await runner.run([Chunk(name, span, CACHED_TOKENS, hidden) for name in names])
-                taken.append(time.perf_counter() - begin)
+                taken.append(await _pass_s(runner, [Chunk(name, span, CACHED_TOKENS, hidden) for name in names]))
             for name in names:
                 runner.release(name)
             points.append(Point(sessions, rows, statistics.median(taken) / len(span)))
     finally:
         await runner.close()
     return Calibration(model, span, tuple(points), fit(points))
+
+
+async def _pass_s(runner: Runner, chunks: Sequence[Chunk]) -> float:
+    """What a pass takes. Raises LLMasOSError if there are no rows at its end."""
+    begin = time.perf_counter()
+    results = await runner.run(chunks)
+    taken_s = time.perf_counter() - begin
+    for result in results:
+        if isinstance(result, Fault):
+            raise LLMasOSError(f"these blocks do not run here: {result.message}")
+    return taken_s

@@ -10,11 +10,10 @@ from typing import Literal
 from llmasos.config import MAX_RECORD_BYTES
 from llmasos.errors import LLMasOSError
 from llmasos.peer.runner import Speed
-from llmasos.routing.directory import Directory
-from llmasos.routing.placement import choose_span
 from llmasos.routing.records import PeerState
 from llmasos.span import Span
 from llmasos.tasks import TaskSet
+from sim.auto import AutoPeer
 from sim.invariants import Invariants
 from sim.network import SimNetwork, peer_of
 from sim.regions import Place
@@ -43,6 +42,7 @@ class Member:
     online_s: float = 0.0
     busy_s: float = 0.0
     lives: int = 0
+    moves: int = 0
 
 
 class Population:
@@ -104,7 +104,7 @@ class Population:
         """The share of its time online that a peer has computed."""
         online_s, busy_s = member.online_s, member.busy_s
         peer = self._cluster.peers.get(member.name)
-        if peer is not None and member.state != "away":
+        if peer is not None and member.state in ("online", "hung"):
             online_s += self._loop.time() - member.online_since
             busy_s += _runner(self._cluster, member).busy_s
         return busy_s / online_s if online_s > 0 else 0.0
@@ -120,12 +120,15 @@ class Population:
         place.tongue = None if member.lie is None else Tongue(member.lie, self._scenario.model.blocks)
         load_s = self._scenario.peers.load_s
         await asyncio.sleep(load_s * member.rng.random())
+        member.lives += 1
+        if member.span is None:
+            await self._live_by_itself(member, place)
+            return
+        await asyncio.sleep(load_s)
         try:
-            span = member.span or await self._choose(member, place)
-            await asyncio.sleep(load_s)
             await self._cluster.start(
                 member.name,
-                str(span),
+                str(member.span),
                 speed=member.speed,
                 kv_tokens=self._scenario.peers.kv_tokens,
                 network=place,
@@ -134,8 +137,7 @@ class Population:
         except LLMasOSError as error:
             self._invariants.violate(f"{member.name} could not join: {error.message}")
             return
-        member.state, member.serves, member.online_since = "online", span, self._loop.time()
-        member.lives += 1
+        self._came(member, member.span)
 
     async def leave(self, member: Member, kind: str, away_s: float) -> None:
         """Kill, hang or stop a peer that is online, and bring it back after `away_s` (0: never)."""
@@ -151,8 +153,7 @@ class Population:
                 member.state = "online"
             return
         member.state = "leaving"
-        member.busy_s += _runner(self._cluster, member).busy_s
-        member.online_s += self._loop.time() - member.online_since
+        self._note_work(member)
         if kind == "kill":
             self._cluster.kill(member.name)
         else:
@@ -162,22 +163,50 @@ class Population:
             await asyncio.sleep(away_s)
             await self.join(member)
 
-    async def _choose(self, member: Member, place: SimNetwork) -> Span:
-        """As `--blocks auto` does."""
-        model, length = self._cluster.model, self._scenario.peers.blocks
-        directory = Directory(place)
-        await directory.refresh(model.name)
-        return choose_span(
-            directory.view,
-            model.name,
-            model.blocks,
-            length,
-            member.speed.throughput(length),
-            place.now(),
-            member.rng,
-            digest=model.digest,
-            me=place.peer_id,
+    async def _live_by_itself(self, member: Member, place: SimNetwork) -> None:
+        """As a peer with `--blocks auto` lives: it chooses its blocks, and moves when others are needed more.
+
+        Returns when it is online for the first time.
+        """
+        online = asyncio.Event()
+
+        def came(span: Span) -> None:
+            self._came(member, span)
+            online.set()
+
+        def went(going_to: Span | None) -> None:
+            if going_to is not None:  # else it was told to go, by whoever keeps the books
+                self._note_work(member)
+                member.state, member.serves = "joining", None
+                member.moves += 1
+
+        def broke(error: BaseException) -> None:
+            if member.state not in ("leaving", "away"):
+                self._invariants.violate(f"{member.name} ended by itself: {error}")
+            online.set()
+
+        life = AutoPeer(
+            self._cluster,
+            member.name,
+            self._scenario.peers.blocks,
+            member.rng.getrandbits(32),
+            speed=member.speed,
+            kv_tokens=self._scenario.peers.kv_tokens,
+            load_s=self._scenario.peers.load_s,
+            after_pass=lambda: self._after_pass(member),
+            came=came,
+            went=went,
+            broke=broke,
         )
+        await life.start(place)
+        await online.wait()
+
+    def _came(self, member: Member, span: Span) -> None:
+        member.state, member.serves, member.online_since = "online", span, self._loop.time()
+
+    def _note_work(self, member: Member) -> None:
+        member.busy_s += _runner(self._cluster, member).busy_s
+        member.online_s += self._loop.time() - member.online_since
 
     async def _churn(self, member: Member) -> None:
         churn = self._scenario.churn

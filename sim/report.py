@@ -64,6 +64,7 @@ class PeerUse:
     name: str
     blocks: str
     utilisation: float
+    relayed: bool = False
 
 
 @dataclass(slots=True)
@@ -93,6 +94,8 @@ class Report:
     failovers: int = 0
     replayed_tokens: int = 0
     hops: float = 0.0
+    moves: int = 0
+    """Times that a peer went to other blocks by itself."""
     longest_gap_s: float = 0.0
     checks: int = 0
     virtual_s: float = 0.0
@@ -136,14 +139,31 @@ class Report:
             ("first token", _text(self.first_token)),
             ("next tokens", _text(self.token)),
             ("failovers", f"{self.failovers:,}, which replayed {self.replayed_tokens:,} tokens"),
-            ("coverage", f"longest time without a peer for some block: {self.longest_gap_s:.0f} s"),
+            ("coverage", self._coverage()),
             ("utilisation", _spread(used)),
+            *self._behind_relays(),
             ("checks", f"{self.checks:,} invariants held" if not self.violations else "VIOLATED"),
             ("time", f"{self.virtual_s:,.0f} s virtual in {self.real_s:.1f} s real, {self.peak_mib:,.0f} MiB"),
             ("trace", f"{self.trace}  ({self.events:,} events, seed {self.seed})"),
         ):
             table.add_row(name, text)
         return table
+
+    def _coverage(self) -> str:
+        moved = f"; peers moved {self.moves} times" if self.moves else ""
+        return f"longest time without a peer for some block: {self.longest_gap_s:.0f} s{moved}"
+
+    def _behind_relays(self) -> list[tuple[str, str]]:
+        """How much those behind a relay are used, and those who are not; nothing when nobody is."""
+        used = {
+            relayed: [peer.utilisation for peer in self.peers_used if peer.relayed is relayed]
+            for relayed in (True, False)
+        }
+        if not used[True]:
+            return []
+        direct = f", the others {sum(used[False]) / len(used[False]):.0%}" if used[False] else ""
+        mean = sum(used[True]) / len(used[True])
+        return [("relays", f"the {len(used[True])} peers behind a relay are used {mean:.0%} of their time{direct}")]
 
     def _requests(self) -> str:
         errors = ", ".join(f"{count:,} {name}" for name, count in self.errors.items())

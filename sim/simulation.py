@@ -271,7 +271,10 @@ class _Run:
         for member in self._population.members:
             if member.lives:
                 used = self._population.utilisation(member)
-                report.peers_used.append(PeerUse(member.name, str(member.serves or ""), round(used, 6)))
+                report.peers_used.append(
+                    PeerUse(member.name, str(member.serves or ""), round(used, 6), member.place.relayed)
+                )
+        report.moves = sum(member.moves for member in self._population.members)
 
 
 @contextmanager

@@ -64,7 +64,8 @@ class SimCluster:
         self.world = world
         self.model = model
         self.peers: dict[str, Peer] = {}
-        self._config = config or PeerConfig()
+        self.config = config or PeerConfig()
+        """What each peer is started with, but for its name."""
         self._lives: dict[str, AsyncExitStack] = {}
         self._sweeping = TaskSet()
 
@@ -92,7 +93,7 @@ class SimCluster:
         await life.enter_async_context(place)
         runner = SimRunner(Span.parse(span), speed, after_pass=after_pass)
         life.push_async_callback(runner.close)
-        config = replace(self._config, name=name)
+        config = replace(self.config, name=name)
         peer = Peer(place, runner, self.model.served, config, kv_tokens=kv_tokens)
         self.peers[name] = await life.enter_async_context(peer)
         self._lives[name] = life

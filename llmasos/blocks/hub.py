@@ -50,21 +50,26 @@ class HubFiles:
         except (FileNotFoundError, _UnreachableError):
             return None
 
-    def need(self, name: str) -> Path:
-        """The file `name` of this revision, fetched if it is not here."""
+    def need(self, name: str, *, bar: Any = None) -> Path:
+        """The file `name` of this revision, fetched if it is not here; `bar`, of tqdm's kind, is told how far it is."""
         try:
-            return self._fetch(name, self.revision)
+            return self._fetch(name, self.revision, tqdm_class=bar)
         except FileNotFoundError as error:
             raise CheckpointError(
                 f"{self.repository} on the hub has no {name}",
                 hint="pickled weights are not read here: take a repository with safetensors",
             ) from error
 
-    def _fetch(self, name: str, revision: str | None) -> Path:
+    def size_bytes(self, name: str) -> int:
+        """How large a file of this revision is, whether it is here or not."""
+        with quiet():
+            return hf_hub_download(self.repository, name, revision=self.revision, dry_run=True).file_size or 0
+
+    def _fetch(self, name: str, revision: str | None, **options: Any) -> Path:
         hint = "try --model smollm2, a directory with config.json and safetensors, or a .gguf file"
         try:
             with quiet():
-                return Path(hf_hub_download(self.repository, name, revision=revision))
+                return Path(hf_hub_download(self.repository, name, revision=revision, **options))
         except (RepositoryNotFoundError, HFValidationError) as error:
             if isinstance(error, GatedRepoError):
                 raise UnknownModelError(

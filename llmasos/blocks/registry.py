@@ -79,8 +79,8 @@ def _find(name: str) -> tuple[str, Source]:
     """The swarm's name for `name`, and where it lies."""
     alias = ALIASES.get(name)
     if alias is not None:
-        embedded = _embedded(alias)
-        return name, GgufSource(embedded) if embedded is not None else HubSource(alias.repository)
+        file = embedded(alias)
+        return name, GgufSource(file) if file is not None else HubSource(alias.repository)
     path = Path(name or "nowhere").expanduser()
     if path.is_dir():
         if not (path / "config.json").exists():
@@ -100,7 +100,7 @@ def _find(name: str) -> tuple[str, Source]:
     return name, HubSource(name)
 
 
-def _embedded(alias: Alias) -> Path | None:
+def embedded(alias: Alias) -> Path | None:
     """The GGUF file inside the package, found without importing it."""
     found = importlib.util.find_spec(alias.package)
     for folder in (found.submodule_search_locations or []) if found is not None else []:

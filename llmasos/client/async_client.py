@@ -264,6 +264,11 @@ class AsyncLLMasOS:
         return status(directory.view, self._network.now())
 
     @property
+    def endpoints(self) -> tuple[str, ...]:
+        """Where it joins, as it was told: multiaddrs, or the address of a gateway."""
+        return self._endpoints
+
+    @property
     def alive(self) -> bool:
         """Whether this client has its place in the swarm, and has not lost it for good."""
         return self._network is not None and not self._network.failed.is_set()

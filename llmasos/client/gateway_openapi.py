@@ -178,6 +178,7 @@ _SCHEMAS: dict[str, Schema] = {
             "samples": _list(_object({"at": _NUMBER, "tokens_per_s": _NUMBER}, {"time_to_first_token_s": _NUMBER})),
             "rtt_s": {"type": "object", "additionalProperties": _NUMBER},
             "relayed": _list(_TEXT),
+            "join": _list(_TEXT),
         }
     ),
     "Health": _object({"status": {"enum": ["ok", "failed"]}, "running": _COUNT}),

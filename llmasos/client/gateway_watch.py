@@ -36,7 +36,8 @@ class Watch:
         self._failovers: deque[dict[str, Any]] = deque(maxlen=200)
         self._counted = 0
         self._finished_tokens = 0
-        self._first_tokens_s: list[float] = []
+        self._first_tokens_s: list[float] = []  # of texts that are finished
+        self._sampled_at = float("-inf")
 
     async def status(self, max_age_s: float) -> dict[str, Any]:
         """The object of `llmasos status --json`. Those who ask at once share one look."""
@@ -58,8 +59,7 @@ class Watch:
         texts = self.texts.pop(request)
         for live in texts.live.values():
             self._finished_tokens += live.tokens
-            if live.first_token_at is not None:
-                self._first_tokens_s.append(live.first_token_at - live.began)
+            self._first_tokens_s += self._begun_since_sample(live)
 
     def failed_over(self, live: Live, lost: list[dict[str, str]]) -> None:
         """A text has come to another route, because hops of its old one were lost."""
@@ -97,6 +97,7 @@ class Watch:
             "samples": list(self._samples),
             "rtt_s": self._client.round_trips(),
             "relayed": self._client.relayed(),
+            "join": list(self._client.endpoints),
         }
 
     async def run(self) -> None:
@@ -107,15 +108,20 @@ class Watch:
                 await self.status(SAMPLE_EVERY_S)
             except LLMasOSError as error:
                 log.warning("the swarm cannot be looked at: %s", error.message)
-            total = self._finished_tokens + sum(
-                live.tokens for texts in self.texts.values() for live in texts.live.values()
-            )
-            first, self._first_tokens_s = self._first_tokens_s, []
+            lives = [live for texts in self.texts.values() for live in texts.live.values()]
+            total = self._finished_tokens + sum(live.tokens for live in lives)
+            first = self._first_tokens_s + [wait_s for live in lives for wait_s in self._begun_since_sample(live)]
+            self._first_tokens_s, self._sampled_at = [], asyncio.get_running_loop().time()
             sample = {"at": time.time(), "tokens_per_s": max(total - self._counted, 0) / SAMPLE_EVERY_S}
             if first:
                 sample["time_to_first_token_s"] = sum(first) / len(first)
             self._counted = total
             self._samples.append(sample)
+
+    def _begun_since_sample(self, live: Live) -> list[float]:
+        """How long it waited for its first token, if that came behind the last sample."""
+        at = live.first_token_at
+        return [at - live.began] if at is not None and at >= self._sampled_at else []
 
     def _gauge(self) -> None:
         self._metrics.peers.clear()

@@ -193,7 +193,8 @@ def _share(body: Fields, field: str) -> float:
 
 def _refuse_unsupported(body: Fields) -> None:
     for field, instead in UNSUPPORTED.items():
-        if body.get(field):
+        value = body.get(field)
+        if value and not (field == "best_of" and value == (body.get("n") or 1)):  # the best n of n are all of them
             raise ApiError(f"{field} is not supported: {instead}", param=field, code="unsupported_parameter")
 
 

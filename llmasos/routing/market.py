@@ -11,7 +11,7 @@ from operator import itemgetter
 from random import Random
 from typing import NamedTuple
 
-from llmasos.routing.cost import Work, hop_price
+from llmasos.routing.cost import Observed, Work, hop_price
 from llmasos.routing.health import Health
 from llmasos.routing.missing import refusal
 from llmasos.routing.records import PeerRecord
@@ -118,7 +118,7 @@ class Market:
         self._work = request.work
         self._spread = spread
         self._link_s = self._work.link_s(health.nearest_rtt_s if hopeful else health.typical_rtt_s)
-        self._typical_fixed_s, self._typical_rate_s = _typical(self._pools, self._work, self._link_s)
+        self._typical_wait_s, self._typical_rate_s = _typical(self._pools, self._work)
         # Peers of which we know more than their records say are asked one by one; with pins there are no others.
         self._known = request.exclude.union(health)
         self._known_bids: dict[int, list[Bid]] = {}
@@ -132,8 +132,7 @@ class Market:
                 continue
             if Numerics(record.dtype, record.quantization) not in pools:
                 continue
-            fixed_s, rate_s = hop_price(record, self._work, seen)
-            bid = self._bid(fixed_s, rate_s, min(record.span.end, end), record, proven=seen.proven)
+            bid = self._bid(seen, min(record.span.end, end), record)
             self._known_bids.setdefault(record.span.start, []).append(bid)
 
     def join(self, at: int, rides: list[Ride]) -> None:
@@ -153,7 +152,7 @@ class Market:
         """
         link_s, now, known, draw, last = self._link_s, self._now, self._known, self._draw, self._end
         most = self._spread
-        typical_fixed_s, typical_rate_s = self._typical_fixed_s, self._typical_rate_s
+        typical_wait_s, typical_rate_s = self._typical_wait_s, self._typical_rate_s
         steps, prompt, chunks = (float(n) for n in (self._work.new_tokens, self._work.prompt_tokens, self._work.chunks))
         room_needed = self._request.kv_tokens
         heard: list[Bid] = []
@@ -181,7 +180,7 @@ class Market:
                 rate_s += chunks * block_s
                 fixed_s = link_s + queue_s + steps * residual_s
                 if not believed:
-                    fixed_s, rate_s = max(fixed_s, typical_fixed_s), max(rate_s, typical_rate_s)
+                    fixed_s, rate_s = max(fixed_s, link_s + typical_wait_s), max(rate_s, typical_rate_s)
                 fixed_s *= spread
                 rate_s *= spread
                 # 5. Whoever is not beaten is heard.
@@ -193,26 +192,28 @@ class Market:
                     heard.append(bid)
         return heard
 
-    def _bid(self, fixed_s: float, rate_s: float, end: int, record: PeerRecord, *, proven: bool) -> Bid:
+    def _bid(self, seen: Observed, end: int, record: PeerRecord) -> Bid:
         """The price as this plan takes it: one draw tosses the coin of belief, and says how much dearer it gets."""
+        fixed_s, rate_s = hop_price(record, self._work, seen)
         luck = 2.0 * self._draw()
         if luck >= 1.0:
             luck -= 1.0
-            if not proven:
-                fixed_s, rate_s = max(fixed_s, self._typical_fixed_s), max(rate_s, self._typical_rate_s)
+            if not seen.proven:  # how far it is is no claim
+                fixed_s = max(fixed_s, self._work.link_s(seen.rtt_s) + self._typical_wait_s)
+                rate_s = max(rate_s, self._typical_rate_s)
         spread = 1.0 + self._spread * luck
         return Bid(fixed_s * spread, rate_s * spread, end, spread, record)
 
 
-def _typical(pools: Sequence[Pool], work: Work, link_s: float) -> tuple[float, float]:
-    """The price in the middle of what is claimed, fixed and per block; of two the higher."""
+def _typical(pools: Sequence[Pool], work: Work) -> tuple[float, float]:
+    """The waiting in the middle of what is claimed, and the price per block; of two the higher."""
     stride = max(1, sum(map(len, pools)) // SAMPLE)
     sample = [offer for pool in pools for offer in pool.offers(stride)]
     if not sample:
         return 0.0, 0.0
-    fixed_s = sorted(link_s + offer.queue_s + work.new_tokens * offer.residual_s for offer in sample)
+    wait_s = sorted(offer.queue_s + work.new_tokens * offer.residual_s for offer in sample)
     rate_s = sorted(
         work.new_tokens * offer.step_s + work.chunks * offer.block_s + work.prompt_tokens * offer.row_s
         for offer in sample
     )
-    return fixed_s[len(sample) // 2], rate_s[len(sample) // 2]
+    return wait_s[len(sample) // 2], rate_s[len(sample) // 2]

@@ -1,28 +1,30 @@
-"""What people use, in front of what they would run: clients as their makers ship them, a swarm of processes."""
+"""What people use, in front of what they would run: clients as their makers ship them, a swarm of processes.
+
+One swarm and two gateways serve all tests here (`tests/conftest.py` keeps them on one worker): each process that starts
+costs seconds of processor time.
+"""
 
 import asyncio
-import sys
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 import pytest_asyncio
 
-from llmasos.local import LocalProcess, LocalSwarm
+from llmasos.client.async_client import AsyncLLMasOS
+from llmasos.local import LocalSwarm
+from tests.commands import LLMASOS, command, share_a_swarm
 
-PEERS = {"a": "0:15", "b": "15:30", "c": "0:15", "<img src=x onerror=\"document.title='HACKED'\">": "15:30"}
+HOSTILE = "<img src=x onerror=\"document.title='HACKED'\">"
+PEERS = {"a": "0:15", "b": "15:30", HOSTILE: "0:30"}
 """Two routes; one peer would like to be markup."""
-LLMASOS = str(Path(sys.executable).parent / "llmasos")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Everything here starts processes, and shares one event loop with the swarm it runs on."""
-    for item in items:
-        if Path(__file__).parent in item.path.parents:
-            item.add_marker(pytest.mark.swarm)
-            item.add_marker(pytest.mark.asyncio(loop_scope="session"), append=False)
+    share_a_swarm(items, Path(__file__).parent, "session")
 
 
 @dataclass(frozen=True)
@@ -31,6 +33,33 @@ class Running:
 
     swarm: LocalSwarm
     url: str
+
+    async def activity(self) -> dict[str, Any]:
+        """What the gateway says that goes on."""
+        async with AsyncLLMasOS(self.url) as watcher:
+            assert watcher._gateway is not None
+            return await watcher._gateway._json("GET", "/api/activity")
+
+    async def kill_one_in_use(self) -> str:
+        """Kill the first hop of the only text that is being written; the name of the peer."""
+        (live,) = (await self.activity())["running"]
+        peer = next(peer for peer in self.swarm.peers.values() if peer.peer_id == live["route"][0]["peer"])
+        await self.swarm.kill(peer.name)
+        return peer.name
+
+    async def heal(self) -> None:
+        """Start the peers that are not there."""
+        missing = {name: blocks for name, blocks in PEERS.items() if name not in self.swarm.peers}
+        await asyncio.gather(*(self.swarm.start_peer(name, blocks) for name, blocks in missing.items()))
+
+
+@dataclass(frozen=True)
+class Guarded:
+    """A gateway that wants a key, and the key, which may have one request at a time."""
+
+    url: str
+    secret: str
+    file: Path
 
 
 @asynccontextmanager
@@ -45,7 +74,8 @@ async def gateway(swarm: LocalSwarm, *options: str) -> AsyncIterator[str]:
     assert process.stdout is not None
     try:
         async with asyncio.timeout(90):
-            yield (await process.stdout.readline()).decode().strip()
+            url = (await process.stdout.readline()).decode().strip()
+        yield url
     finally:
         process.terminate()
         assert await process.wait() == 0
@@ -55,17 +85,16 @@ async def gateway(swarm: LocalSwarm, *options: str) -> AsyncIterator[str]:
 async def running() -> AsyncIterator[Running]:
     """Started once: whoever kills a peer of it starts it again."""
     async with LocalSwarm() as swarm:
-        await heal(swarm)
+        await Running(swarm, "").heal()
         async with gateway(swarm) as url:
             yield Running(swarm, url)
 
 
-async def heal(swarm: LocalSwarm) -> None:
-    """Start the peers that are not there."""
-    missing = {name: blocks for name, blocks in PEERS.items() if name not in swarm.peers}
-    await asyncio.gather(*(swarm.start_peer(name, blocks) for name, blocks in missing.items()))
-
-
-def peer_named(swarm: LocalSwarm, peer_id: str) -> LocalProcess:
-    """The process of a peer of a route."""
-    return next(peer for peer in swarm.peers.values() if peer.peer_id == peer_id)
+@pytest_asyncio.fixture(scope="session", loop_scope="session")
+async def guarded(running: Running, tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Guarded]:
+    """Started once as well."""
+    file = tmp_path_factory.mktemp("keys") / "keys.toml"
+    made = await command("llmasos", "key", "alice", "--file", str(file), "--concurrent", "1")
+    assert made.code == 0, made.stderr
+    async with gateway(running.swarm, "--api-key-file", str(file)) as url:
+        yield Guarded(url, made.stdout.strip(), file)

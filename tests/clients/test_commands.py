@@ -5,75 +5,58 @@ import json
 import os
 import signal
 import sys
-from pathlib import Path
 
 from llmasos.client.async_client import AsyncLLMasOS
 from llmasos.client.gateway_keys import load_keys
-from tests.clients.conftest import LLMASOS, Running, gateway
-
-
-async def typed(*arguments: str, stdin: str = "") -> tuple[int, str, str]:
-    """Exit code, stdout, stderr."""
-    process = await asyncio.create_subprocess_exec(
-        LLMASOS,
-        *arguments,
-        stdin=asyncio.subprocess.PIPE,
-        stdout=asyncio.subprocess.PIPE,
-        stderr=asyncio.subprocess.PIPE,
-    )
-    stdout, stderr = await process.communicate(stdin.encode())
-    assert process.returncode is not None
-    return process.returncode, stdout.decode(), stderr.decode()
+from tests.clients.conftest import Guarded, Running
+from tests.commands import command
 
 
 async def test_a_chat_goes_on_from_what_was_said(running: Running) -> None:
     said = "My name is Ada. What is the capital of France?\n/route\n/dance\nAnd what is my name?\n"
     options = ["--join", running.swarm.address, "--temperature", "0", "--max-new-tokens", "40"]
-    code, stdout, stderr = await typed("chat", *options, stdin=said)
-    assert code == 0, stderr
-    assert "Paris" in stdout
-    assert "0:15 on" in stderr
-    assert "/dance is no command" in stderr
+    chat = await command("llmasos", "chat", *options, stdin=said.encode())
+    assert chat.code == 0, chat.stderr
+    assert "Paris" in chat.stdout
+    assert "0:30 on" in chat.stderr or "0:15 on" in chat.stderr
+    assert "/dance is no command" in chat.stderr
 
 
 async def test_the_doctor_finds_a_healthy_swarm(running: Running) -> None:
-    code, stdout, stderr = await typed("doctor", "--join", running.swarm.address, "--json")
-    report = json.loads(stdout)
-    assert (code, report["ok"]) == (0, True), stderr
+    doctor = await command("llmasos", "doctor", "--join", running.swarm.address, "--json")
+    report = json.loads(doctor.stdout)
+    assert (doctor.code, report["ok"]) == (0, True), doctor.stderr
     assert {"python", "packages", "memory", "disk", "device", "model", "coverage", "clock"} <= {
         finding["check"] for finding in report["findings"]
     }
 
 
-async def test_the_doctor_says_what_to_do(running: Running) -> None:
+async def test_the_doctor_says_what_to_do() -> None:
     nobody = "/ip4/127.0.0.1/tcp/9/p2p/12D3KooWPk51brrtu3iCxm9Q5MUSArhMDM6ZsuF3ifu92U5HNJna"
-    code, stdout, stderr = await typed("doctor", "--model", "no-such-model", "--join", nobody)
-    assert (code, stdout) == (1, "")
-    assert "FAIL  model" in stderr
-    assert "FAIL  bootstrap" in stderr
-    assert "Traceback" not in stderr
+    offline = {**os.environ, "HF_HUB_OFFLINE": "1"}  # else the hub is asked five times
+    doctor = await command("llmasos", "doctor", "--model", "no-such-model", "--join", nobody, env=offline)
+    assert (doctor.code, doctor.stdout) == (1, "")
+    assert "FAIL  model" in doctor.stderr
+    assert "FAIL  bootstrap" in doctor.stderr
+    assert "Traceback" not in doctor.stderr
 
 
 async def test_models(running: Running) -> None:
-    code, stdout, _ = await typed("models", "--join", running.swarm.address)
-    assert (code, stdout) == (0, "smollm2\n")
+    models = await command("llmasos", "models", "--join", running.swarm.address)
+    assert (models.code, models.stdout) == (0, "smollm2\n")
 
 
-async def test_a_key_opens_the_gateway(running: Running, tmp_path: Path) -> None:
-    file = tmp_path / "keys.toml"
-    code, stdout, _ = await typed("key", "alice", "--file", str(file), "--concurrent", "2")
-    secret = stdout.strip()
-    assert code == 0
-    assert secret not in file.read_text()
-    assert file.stat().st_mode & 0o77 == 0
-    key = load_keys(file).find(secret)
+async def test_a_key_opens_the_gateway(guarded: Guarded) -> None:
+    assert guarded.secret not in guarded.file.read_text()
+    assert guarded.file.stat().st_mode & 0o77 == 0
+    key = load_keys(guarded.file).find(guarded.secret)
     assert key is not None
-    assert key.concurrent == 2
-    again, _, stderr = await typed("key", "alice", "--file", str(file))
-    assert again == 2
-    assert "two keys" in stderr
-    assert load_keys(file).find(secret) is not None
-    async with gateway(running.swarm, "--api-key-file", str(file)) as url, AsyncLLMasOS(url, api_key=secret) as client:
+    assert key.concurrent == 1
+    again = await command("llmasos", "key", "alice", "--file", str(guarded.file))
+    assert again.code == 2
+    assert "two keys" in again.stderr
+    assert load_keys(guarded.file).find(guarded.secret) is not None
+    async with AsyncLLMasOS(guarded.url, api_key=guarded.secret) as client:
         assert await client.models() == ["smollm2"]
 
 

@@ -10,7 +10,7 @@ import pytest
 import pytest_asyncio
 
 from llmasos.client.async_client import AsyncLLMasOS
-from tests.clients.conftest import Running, heal, peer_named
+from tests.clients.conftest import Guarded, Running
 
 QUESTION: list[Any] = [{"role": "user", "content": "What is the capital of France?"}]
 TALE: list[Any] = [{"role": "user", "content": "Tell me a long story about a fox."}]
@@ -97,23 +97,63 @@ async def test_errors_are_the_packages_own(client: openai.AsyncOpenAI) -> None:
         await client.completions.create(model="smollm2", prompt="word " * 9_000)
 
 
-async def running_texts(running: Running) -> int:
-    async with AsyncLLMasOS(running.url) as watcher:
-        assert watcher._gateway is not None
-        activity = await watcher._gateway._json("GET", "/api/activity")
-        return len(activity["running"])
-
-
 async def test_closing_a_stream_ends_the_generation(client: openai.AsyncOpenAI, running: Running) -> None:
     stream = await client.chat.completions.create(model="smollm2", messages=TALE, max_tokens=2_000, stream=True)
     async for chunk in stream:
         if chunk.choices[0].delta.content:
             break
-    assert await running_texts(running) == 1
+    assert len((await running.activity())["running"]) == 1
     await stream.close()
-    async with asyncio.timeout(10):
-        while await running_texts(running):  # noqa: ASYNC110
+    await until_nothing_runs(running)
+    await until_kv_is_free(running)
+
+
+async def test_cancelling_a_request_ends_the_generation(client: openai.AsyncOpenAI, running: Running) -> None:
+    wanted: dict[str, Any] = {"model": "smollm2", "messages": TALE, "max_tokens": 2_000}
+    request = asyncio.create_task(client.chat.completions.create(**wanted))
+    async with asyncio.timeout(30):
+        while not (await running.activity())["running"]:  # noqa: ASYNC110
             await asyncio.sleep(0.05)
+    request.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await request
+    await until_nothing_runs(running)
+
+
+async def until_nothing_runs(running: Running) -> None:
+    async with asyncio.timeout(10):
+        while (await running.activity())["running"]:  # noqa: ASYNC110
+            await asyncio.sleep(0.05)
+
+
+async def until_kv_is_free(running: Running) -> None:
+    """On every peer, by its own announcement."""
+    async with asyncio.timeout(20), AsyncLLMasOS(running.url) as watcher:
+        while any(peer["load"] for model in (await watcher.status())["models"] for peer in model["peers"]):  # noqa: ASYNC110
+            await asyncio.sleep(0.2)
+
+
+def ask_until_let_in(guarded: Guarded) -> str:
+    """Two requests of a key that may have one; the package comes back when it is told to."""
+    wanted: dict[str, Any] = {"model": "smollm2", "prompt": "The world is", "temperature": 0, "max_tokens": 8}
+    with openai.OpenAI(base_url=f"{guarded.url}/v1", api_key=guarded.secret, max_retries=8) as patient:
+        first = patient.completions.create(**{**wanted, "max_tokens": 60}, stream=True)
+        next(iter(first))
+        with pytest.raises(openai.RateLimitError) as refused:
+            patient.with_options(max_retries=0).completions.create(**wanted)
+        assert refused.value.response.headers["retry-after"] == "1"
+        return patient.completions.create(**wanted).choices[0].text
+
+
+async def test_the_package_retries_when_it_is_told_to(guarded: Guarded) -> None:
+    assert len(await asyncio.to_thread(ask_until_let_in, guarded)) > 5
+
+
+async def test_a_wrong_key(guarded: Guarded) -> None:
+    async with openai.AsyncOpenAI(base_url=f"{guarded.url}/v1", api_key="sk-llmasos-wrong") as stranger:
+        with pytest.raises(openai.AuthenticationError, match="not known") as refused:
+            await stranger.models.list()
+    assert "sk-llmasos-wrong" not in str(refused.value)
 
 
 async def test_many_at_once(client: openai.AsyncOpenAI) -> None:
@@ -126,17 +166,14 @@ async def test_a_peer_killed_in_mid_stream_changes_nothing(client: openai.AsyncO
     traced = {"x-llmasos-trace": "1"}
     whole = await client.chat.completions.create(**wanted, extra_headers=traced)
     stream = await client.chat.completions.create(**wanted, stream=True, extra_headers=traced)
-    text, failovers = "", 0
+    text, failovers, killed = "", 0, None
     async for chunk in stream:
         if chunk.choices:
             text += chunk.choices[0].delta.content or ""
-        if text and not failovers and len(text) < 40 and len(running.swarm.peers) == 4:
-            async with AsyncLLMasOS(running.url) as watcher:
-                assert watcher._gateway is not None
-                (live,) = (await watcher._gateway._json("GET", "/api/activity"))["running"]
-            await running.swarm.kill(peer_named(running.swarm, live["route"][1]["peer"]).name)
+        if text and killed is None:
+            killed = await running.kill_one_in_use()
         for trace in (chunk.model_extra or {}).get("llmasos", {}).get("texts", []):
             failovers = trace["failovers"]
-    await heal(running.swarm)
+    await running.heal()
     assert text == whole.choices[0].message.content
     assert failovers == 1

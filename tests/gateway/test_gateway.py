@@ -259,6 +259,29 @@ async def test_a_client_that_goes_away_frees_every_hop(stream: bool, tiny_gatewa
     assert (await (await tiny_gateway.http.get("/api/activity")).json())["running"] == []
 
 
+async def test_a_client_that_goes_away_while_it_waits(tiny: ModelSpec) -> None:
+    body = {**HELLO, "max_tokens": 200, "logit_bias": {"2": -100}, "stream": True}
+    async with serve(tiny, source=folder_of(tiny), max_running=1) as served:
+        first = await served.http.post(CHAT, json=body)
+        second = asyncio.create_task(served.http.post(CHAT, json=body))
+        admission = served.gateway.admission
+        await until(lambda: admission.waiting == 1)
+        second.cancel()
+        await until(lambda: admission.waiting == 0)
+        assert read_events(await first.read()).done
+        await until(lambda: admission.running == 0)
+        assert await served.kv_is_free()
+
+
+async def test_many_streams_at_once_say_what_each_says_alone(tiny_gateway: Served) -> None:
+    bodies = [{**GO_ON, "prompt": f"text {seed}", "seed": seed, "temperature": 0.7} for seed in range(8)]
+    alone = [(await tiny_gateway.stream(COMPLETIONS, body)).text() for body in bodies]
+    together = await asyncio.gather(*(tiny_gateway.stream(COMPLETIONS, body) for body in bodies))
+    assert [stream.text() for stream in together] == alone
+    assert len(set(alone)) == len(bodies)
+    assert await tiny_gateway.kv_is_free()
+
+
 async def test_a_peer_lost_in_mid_stream_is_replaced_or_told(tiny: ModelSpec) -> None:
     body = {**HELLO, "max_tokens": 200, "logit_bias": {"2": -100}, "temperature": 0}
 

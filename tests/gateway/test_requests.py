@@ -56,6 +56,11 @@ def test_nulls_and_unknown_fields_mean_nothing() -> None:
     assert chat(**nulls, user="me", metadata={"a": 1}, hobby="chess", best_of=None, store=False) == chat()
 
 
+def test_the_best_one_of_one_is_no_choice() -> None:
+    assert chat(best_of=1) == chat()
+    assert chat(best_of=2, n=2) == chat(n=2)
+
+
 def test_messages_as_text_and_as_parts() -> None:
     parts = [{"type": "text", "text": "Hel"}, {"type": "text", "text": "lo"}]
     assert chat(messages=[{"role": "user", "content": parts}]) == chat()

@@ -1,5 +1,6 @@
 """Records and swarms for the tests of routing. No two defaults are the same number."""
 
+from random import Random
 from typing import Any
 
 from llmasos.routing.records import PeerRecord, PeerState
@@ -49,3 +50,17 @@ def a_request(**changes: Any) -> RouteRequest:
         "kv_tokens": 100,
     }
     return RouteRequest(**fields | changes)
+
+
+class Exact(Random):
+    """Takes every claim at its word and makes no offer dearer: the plan is the cheapest one."""
+
+    def random(self) -> float:
+        return 0.0
+
+
+class Trusting(Random):
+    """Believes every claim, and spreads as usual."""
+
+    def random(self) -> float:
+        return super().random() / 2

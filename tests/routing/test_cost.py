@@ -4,7 +4,19 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from llmasos.routing.cost import DEFAULT_RTT_S, FAILOVER_S, HOP_S, PRIOR, UNKNOWN, Observed, Work, hop_cost
+from llmasos.routing.cost import (
+    CROWD_ROWS,
+    DEFAULT_RTT_S,
+    FAILOVER_S,
+    HOP_S,
+    PRIOR,
+    UNKNOWN,
+    Load,
+    Observed,
+    Work,
+    hop_cost,
+    hop_price,
+)
 from tests.routing.builders import a_record
 
 WORK = Work(prompt_tokens=300, new_tokens=50, row_bytes=2_304)
@@ -16,6 +28,7 @@ observations = st.builds(
     evidence=st.floats(0, 64),
     failures=st.integers(0, 8),
     own_sessions=st.integers(0, 20),
+    load=st.none() | st.builds(Load, st.integers(0, 20), st.integers(0, 900), st.just(4_000), st.just(0.0)),
 )
 
 
@@ -39,6 +52,7 @@ def test_a_cost_is_linear_in_blocks_and_its_parts_add_up(
         parts = (cost.link_s, cost.compute_s, cost.wait_s, cost.own_s, cost.risk_s, cost.doubt_s)
         assert min(parts) >= -1e-9
         assert cost.total_s == pytest.approx(sum(parts))
+    assert hop_price(record, Work(prompt_tokens, new_tokens), seen) == pytest.approx((fixed_s, one_s - fixed_s))
 
 
 @pytest.mark.parametrize("busier", [{"active_sessions": 3}, {"queued_tokens": 500}, {"block_seconds": 0.001}])
@@ -77,3 +91,20 @@ def test_waiting_that_we_have_seen_is_not_counted_twice() -> None:
 def test_failures_cost_what_a_failover_does() -> None:
     seen = replace(UNKNOWN, failures=3)
     assert hop_cost(a_record(), 2, WORK, seen).risk_s == 3 * FAILOVER_S
+
+
+def test_what_a_peer_has_just_said_of_its_load_counts_and_not_its_record() -> None:
+    record, busy = a_record(active_sessions=5, queued_tokens=300), a_record(active_sessions=2, queued_tokens=40)
+    seen = replace(UNKNOWN, load=Load(sessions=2, queued_tokens=40, kv_free_tokens=9, seen_at=0.0))
+    assert hop_cost(record, 7, WORK, seen) == hop_cost(busy, 7, WORK)
+
+
+def test_a_session_on_a_peer_counts_with_the_prompts_that_it_brings() -> None:
+    """One row a step is what it decodes; a peer with four sessions holds ours up by far more than four rows."""
+    alone = hop_cost(a_record(row_seconds=0.0002), 6, WORK)
+    crowded = hop_cost(a_record(row_seconds=0.0002, active_sessions=4), 6, WORK)
+    rows_s = 50 * 6 * 4 * CROWD_ROWS * 0.0002  # steps, blocks, sessions
+    rest_of_a_pass_s = 50 * 0.5 * 12 * (0.0007 + 4 * CROWD_ROWS * 0.0002) * 4 / 5
+    assert crowded.total_s - alone.total_s == pytest.approx(rows_s + rest_of_a_pass_s)
+    # By their own rows alone a peer of a quarter of the speed would be dearer than this crowd; it is not.
+    assert hop_cost(a_record(row_seconds=0.0002, block_seconds=0.003), 6, WORK).total_s < crowded.total_s

@@ -3,7 +3,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from llmasos.routing import health as health_module
-from llmasos.routing.cost import DEFAULT_RTT_S, PRIOR
+from llmasos.routing.cost import DEFAULT_RTT_S, PRIOR, Load
 from llmasos.routing.health import BACKOFF_S, HALF_LIFE_S, MAX_BACKOFF_S, MAX_EVIDENCE, MAX_PEERS, Health
 
 NOW = 1_000.0
@@ -141,3 +141,31 @@ def test_even_running_sessions_are_bounded(monkeypatch: pytest.MonkeyPatch) -> N
     for ticket in tickets:
         health.closed(ticket)
     assert len(health) == 3
+
+
+def test_what_a_peer_says_of_its_load_holds_until_its_next_record() -> None:
+    health = Health()
+    health.opened("alice", 100, NOW - 3)
+    health.saw_load("alice", Load(sessions=4, queued_tokens=7, kv_free_tokens=50, seen_at=NOW - 2))
+    health.opened("alice", 30, NOW - 1)
+    fresh = health.observed("alice", NOW, since=NOW - 5)
+    assert fresh.load is not None
+    assert fresh.load.sessions == 4
+    assert (fresh.own_sessions, fresh.own_tokens) == (1, 30)  # the first one is among the four
+    outdated = health.observed("alice", NOW, since=NOW - 1.5)
+    assert outdated.load is None
+    assert outdated.own_sessions == 1
+    assert health.heard_of("alice", since=NOW - 2.5)
+    assert not health.heard_of("alice", since=NOW - 1.5)
+    assert not health.heard_of("bob", since=0.0)
+
+
+def test_who_was_never_measured_is_typical_or_hoped_to_be_near() -> None:
+    health = Health()
+    assert health.nearest_rtt_s == DEFAULT_RTT_S
+    for peer, rtt_s in (("a", 0.2), ("b", 0.03), ("c", 0.1)):
+        health.saw_rtt(peer, rtt_s, NOW)
+    health.failed("d", NOW)
+    assert health.nearest_rtt_s == 0.03
+    assert health.rtt_s("d") == health.rtt_s("nobody") == 0.1
+    assert (health.rtt_s("a"), health.measured("a"), health.measured("d")) == (0.2, True, False)

@@ -1,10 +1,10 @@
+"""The cheapest chain of spans, held against a search through all of them."""
+
 import subprocess
 import sys
-from collections import Counter
 from functools import cache
 from pathlib import Path
 from random import Random
-from statistics import median
 
 import pytest
 from hypothesis import given, settings
@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from llmasos.config import LEASE_S
 from llmasos.errors import MissingBlocksError, UsageError
-from llmasos.routing.cost import PRIOR, hop_cost
+from llmasos.routing.cost import Load, hop_cost
 from llmasos.routing.health import Health
 from llmasos.routing.market import SPREAD
 from llmasos.routing.planner import Hop, Route, plan, replan
@@ -20,21 +20,7 @@ from llmasos.routing.records import PeerRecord, PeerState
 from llmasos.routing.request import RouteRequest
 from llmasos.routing.view import SwarmView
 from llmasos.span import Span
-from tests.routing.builders import NOW, a_record, a_request, a_view
-
-
-class Exact(Random):
-    """Takes every claim at its word and makes no offer dearer: the plan is the cheapest one."""
-
-    def random(self) -> float:
-        return 0.0
-
-
-class Trusting(Random):
-    """Believes every claim, and spreads as usual."""
-
-    def random(self) -> float:
-        return super().random() / 2
+from tests.routing.builders import NOW, Exact, Trusting, a_record, a_request, a_view
 
 
 def cheapest_s(view: SwarmView, request: RouteRequest, start: int, end: int, health: Health) -> float:
@@ -43,13 +29,18 @@ def cheapest_s(view: SwarmView, request: RouteRequest, start: int, end: int, hea
         record.peer: health.observed(record.peer, NOW, since=record.announced_at)
         for record, _ in view.leases(request.model)
     }
+
+    def free_tokens(record: PeerRecord) -> int:
+        load = seen[record.peer].load
+        return record.kv_free_tokens if load is None else load.kv_free_tokens
+
     records = [
         record
         for record, expires_at in view.leases(request.model)
         if record.state is PeerState.ONLINE
         and expires_at > NOW
         and record.digest == request.digest
-        and record.kv_free_tokens - seen[record.peer].own_tokens >= request.kv_tokens
+        and free_tokens(record) - seen[record.peer].own_tokens >= request.kv_tokens
         and record.peer not in request.exclude
         and (request.pin or not health.avoided_for(record.peer, NOW))
         and (not request.pin or record.peer in request.pin)
@@ -127,7 +118,7 @@ def healths(draw: st.DrawFn) -> Health:
     health = Health()
     for number in draw(st.lists(st.integers(0, 8), max_size=6)):
         peer = f"peer{number}"
-        match draw(st.sampled_from(["rtt", "step", "failed", "opened"])):
+        match draw(st.sampled_from(["rtt", "step", "failed", "opened", "load"])):
             case "rtt":
                 health.saw_rtt(peer, draw(st.floats(0, 0.3)), NOW)
             case "step":
@@ -136,6 +127,10 @@ def healths(draw: st.DrawFn) -> Health:
                 health.failed(peer, NOW - draw(st.sampled_from([0.5, 5.0])))
             case "opened":
                 health.opened(peer, draw(st.integers(1, 200)), NOW)
+            case "load":
+                seen_at = NOW - draw(st.sampled_from([0.5, 2.0]))  # the records are a second old
+                load = Load(draw(st.integers(0, 9)), draw(st.integers(0, 900)), draw(st.integers(50, 1_000)), seen_at)
+                health.saw_load(peer, load)
     return health
 
 
@@ -256,106 +251,6 @@ def test_a_liar_about_the_size_of_the_model_is_not_used() -> None:
         assert "eve" not in plan(view, request, NOW, Exact()).peers
 
 
-# --- no herd ---------------------------------------------------------------------------------------------------------
-
-
-def equals(peers: int) -> SwarmView:
-    return a_view(*(a_record(f"peer{number}", "0:30", announced_at=NOW - 10) for number in range(peers)))
-
-
-def test_a_hundred_sessions_of_one_client_spread_evenly() -> None:
-    view, rng, health, chosen = equals(10), Random(1), Health(), Counter[str]()
-    for number in range(100):
-        (peer,) = plan(view, a_request(), NOW + number / 100, rng, health).peers
-        health.opened(peer, 100, NOW + number / 100)
-        chosen[peer] += 1
-    assert max(chosen.values()) <= 1.5 * 10
-    assert min(chosen.values()) >= 0.5 * 10
-
-
-@pytest.mark.parametrize("seed", range(5))
-def test_a_hundred_clients_with_one_stale_view_do_not_herd(seed: int) -> None:
-    """Each opens four sessions within ten seconds, and knows of no other client."""
-    view, chosen = equals(10), Counter[str]()
-    for client in range(100):
-        rng, health = Random(1_000 * seed + client), Health()
-        for number in range(4):
-            (peer,) = plan(view, a_request(), NOW + number, rng, health).peers
-            health.opened(peer, 100, NOW + number)
-            chosen[peer] += 1
-    assert max(chosen.values()) <= 1.5 * 40
-
-
-def test_a_hundred_clients_with_one_session_each_spread_as_evenly_as_chance_can() -> None:
-    """They cannot know of each other: the busiest of ten then has 15 or fewer in two windows of three, never 25."""
-    busiest = []
-    for window in range(25):
-        chosen = Counter(plan(equals(10), a_request(), NOW, Random(f"{window} {n}")).peers[0] for n in range(100))
-        busiest.append(max(chosen.values()))
-    assert median(busiest) <= 1.5 * 10
-    assert max(busiest) < 2.5 * 10
-
-
-def test_equal_peers_are_equally_likely() -> None:
-    view, rng = equals(10), Random(5)
-    chosen = Counter(plan(view, a_request(), NOW, rng).peers[0] for _ in range(2_000))
-    assert max(chosen.values()) <= 1.25 * 200
-    assert min(chosen.values()) >= 0.75 * 200
-
-
-def test_a_peer_that_is_clearly_worse_is_left_alone() -> None:
-    view = equals(9)
-    view.add(a_record("slow", "0:30", block_seconds=0.01))
-    assert all(plan(view, a_request(), NOW, Random(seed)).peers != ("slow",) for seed in range(200))
-
-
-# --- trust -----------------------------------------------------------------------------------------------------------
-
-
-def swarm_with_a_liar() -> SwarmView:
-    view = a_view(*(a_record(f"peer{number}", "0:30", active_sessions=2) for number in range(9)))
-    view.add(a_record("liar", "0:30", block_seconds=1e-6, row_seconds=1e-9, throughput=1e9))
-    return view
-
-
-def test_a_liar_cannot_capture_the_newcomers() -> None:
-    view = swarm_with_a_liar()
-    chosen = Counter(plan(view, a_request(), NOW, Random(seed)).peers[0] for seed in range(400))
-    assert chosen["liar"] <= 0.65 * 400
-
-
-def test_a_liar_is_found_out_by_its_first_session() -> None:
-    view, health = swarm_with_a_liar(), Health()
-    for step in range(60):
-        health.saw_step("liar", 30, 30 * 0.02, NOW + step / 60)
-    for number in range(9):
-        for _ in range(int(PRIOR)):
-            health.saw_step(f"peer{number}", 30, 30 * 0.0012, NOW)
-    assert all(plan(view, a_request(), NOW + 1, Random(seed), health).peers != ("liar",) for seed in range(200))
-
-
-def test_an_honest_fast_peer_is_used_always_once_it_is_known() -> None:
-    view = a_view(*(a_record(f"peer{number}", "0:30") for number in range(9)))
-    view.add(a_record("fast", "0:30", block_seconds=0.00002, row_seconds=0.000002))
-    health = Health()
-    for step in range(20):
-        health.saw_step("fast", 30, 30 * 0.00002, NOW + step / 20)
-        health.saw_rtt("fast", 0.02, NOW)
-    assert all(plan(view, a_request(), NOW + 1, Random(seed), health).peers == ("fast",) for seed in range(200))
-
-
-def test_the_cost_of_a_hop_explains_the_choice() -> None:
-    view = swarm_with_a_liar()
-    doubted = [
-        hop.cost.doubt_s
-        for seed in range(50)
-        for hop in plan(view, a_request(), NOW, Random(seed)).hops
-        if hop.peer == "liar"
-    ]
-    assert any(doubted)
-    assert not all(doubted)
-
-
 def test_determinism_does_not_depend_on_how_python_hashes() -> None:
     script = """
 from random import Random
@@ -434,72 +329,6 @@ def test_only_the_blocks_of_the_dead_peer_move() -> None:
     with pytest.raises(MissingBlocksError) as missing:
         replan(view, a_request(exclude=frozenset("de")), route, "b", NOW, Exact())
     assert missing.value.missing == ["10:20"]
-
-
-# --- why there is no route -------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("changes", "asked", "reason"),
-    [
-        ({"state": PeerState.DRAINING}, {}, "2 draining"),
-        ({"state": PeerState.JOINING}, {}, "2 joining"),
-        ({"kv_free_tokens": 99}, {}, "2 full"),
-        ({"dtype": "bfloat16"}, {}, "2 serving bfloat16"),
-        ({"quantization": "int4"}, {"quantization": "none"}, "2 serving float32 int4"),
-        ({"digest": "sha256:ee"}, {}, "2 of another checkpoint"),
-        ({}, {"exclude": frozenset({"b", "c"})}, "2 excluded"),
-        ({}, {"pin": ("a",)}, "2 not pinned"),
-        ({"announced_at": NOW - LEASE_S}, {}, "2 gone"),
-        ({"blocks": "28:30"}, {}, "nobody serves them"),
-    ],
-)
-def test_the_error_says_why(changes: dict[str, object], asked: dict[str, object], reason: str) -> None:
-    blocks = str(changes.pop("blocks", "20:28"))
-    view = a_view(
-        a_record("a", "0:20"),
-        a_record("d", "28:30"),
-        a_record("b", blocks, **changes),
-        a_record("c", blocks, **changes),
-    )
-    if asked.get("pin"):
-        view = a_view(a_record("a", "0:20"), a_record("b", "20:28"), a_record("c", "20:28"))
-    asked = {"dtype": "float32"} | asked
-    with pytest.raises(MissingBlocksError) as missing:
-        plan(view, a_request(end=28, **asked), NOW, Random(1))
-    assert missing.value.missing == ["20:28"]
-    assert f"20:28: {reason}" in missing.value.message
-    assert "--blocks 20:28" in missing.value.hint
-
-
-def test_each_gap_has_its_own_reason() -> None:
-    view = a_view(
-        a_record("a", "0:10"),
-        a_record("b", "10:14", state=PeerState.DRAINING),
-        a_record("c", "12:14", kv_free_tokens=0),
-        a_record("d", "14:28"),
-    )
-    with pytest.raises(MissingBlocksError) as missing:
-        plan(view, a_request(), NOW, Random(1))
-    assert missing.value.missing == ["10:14", "28:30"]
-    assert "10:14: 1 draining, 1 full; 28:30: nobody serves them" in missing.value.message
-
-
-def test_halves_in_different_numerics_are_no_whole() -> None:
-    view = a_view(a_record("a", "0:16"), a_record("b", "16:30", dtype="bfloat16"))
-    with pytest.raises(MissingBlocksError, match="16:30: 1 serving bfloat16, the rest being float32"):
-        plan(view, a_request(), NOW, Random(1))
-    assert plan(view, a_request(mixed=True), NOW, Random(1)).peers == ("a", "b")
-
-
-def test_a_model_that_nobody_announces() -> None:
-    with pytest.raises(MissingBlocksError, match="no peer announces this model") as missing:
-        plan(SwarmView(), a_request(), NOW, Random(1))
-    assert "--blocks auto" in missing.value.hint
-    with pytest.raises(MissingBlocksError, match="0:30: nobody serves them"):
-        plan(SwarmView(), a_request(model_blocks=30), NOW, Random(1))
-    with pytest.raises(MissingBlocksError, match="5:9: 1 of another checkpoint"):
-        plan(a_view(a_record(digest="sha256:ee")), a_request(start=5, end=9), NOW, Random(1))
 
 
 # --- what cannot be ---------------------------------------------------------------------------------------------------

@@ -11,10 +11,10 @@ import sim.plot
 from llmasos.errors import UsageError
 from llmasos.peer.runner import Speed
 from llmasos.span import Span
-from sim.calibrate import Calibration, Point, fit
+from sim.calibrate import Calibration, Point, calibrate, fit
 from sim.compare import Comparison
 from sim.compare import draw as draw_comparison
-from sim.local import LocalFault
+from sim.local import LocalFault, LocalWork
 from sim.plot import check, draw
 from sim.scenario import load, resize
 from sim.simulation import simulate
@@ -59,6 +59,15 @@ def test_the_cost_model_is_the_line_through_the_points() -> None:
     assert found.as_toml() == "[peers]\nblock_ms = 1.3000\nrow_ms = 0.0700\n"
 
 
+async def test_a_calibration_is_of_the_real_runner_and_makes_a_scenario(tmp_path: Path) -> None:
+    found = await calibrate("smollm2", Span(3, 5))
+    assert {(point.sessions, point.rows) for point in found.points} >= {(1, 1), (16, 1), (1, 128)}
+    assert found.predict(Point(1, 128, 0.0)) > found.predict(Point(1, 1, 0.0)) > 0
+    path = tmp_path / "measured.toml"
+    path.write_text(f'title = "measured"\nduration_s = 2\n{found.as_toml()}')
+    assert load(str(path)).peers.block_ms == pytest.approx(1e3 * found.speed.first_row_s, abs=1e-4)
+
+
 def test_noise_never_makes_a_cost_negative() -> None:
     speed = fit([Point(1, 1, 0.002), Point(1, 16, 0.0019), Point(1, 64, 0.0018)])
     assert speed.first_row_s > 0
@@ -71,6 +80,10 @@ def test_faults_of_local_processes() -> None:
     for text in ("peer2", "@5s", "peer2@soon", "peer2@-1s"):
         with pytest.raises(UsageError, match="which peer and when"):
             LocalFault.parse("stop", text)
+    work = LocalWork(("a prompt",), faults=(LocalFault("kill", "peer4", 1.0),))
+    work.check(["peer3", "peer4"])
+    with pytest.raises(UsageError, match="there is no peer4 to kill"):
+        work.check(["peer1", "peer2"])
 
 
 def test_list_shows_every_scenario() -> None:
@@ -105,6 +118,11 @@ def test_a_violation_ends_with_the_replay_command(tmp_path: Path) -> None:
         (["run", "steady", "--peers", "1"], "do not cover"),
         (["hunt", "--scenario", "nonsense"], "there is no scenario"),
         (["compare", "nonsense"], "there is no scenario"),
+        (["local", "--latency", "5"], "'5' is no latency"),
+        (["local", "--link", "peer1=5ms"], "which two are linked"),
+        (["local", "--spans", "0:10,20:30"], "nobody has 10:20"),
+        (["local", "--peers", "1", "--speedup"], "one peer is what a speedup is measured against"),
+        (["local", "--peers", "2", "--spans", "0:30"], "not allowed with"),
     ],
 )
 def test_wrong_usage(arguments: list[str], words: str) -> None:

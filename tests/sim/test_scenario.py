@@ -9,10 +9,12 @@ from sim.scenario import Scenario, ScenarioError, load, parse, resize, scenarios
 NAMES = [
     "churn",
     "cold-start",
+    "exodus",
     "flash-crowd",
     "growth",
     "liars",
     "region-outage",
+    "relays",
     "rolling-restart",
     "scale",
     "soak",

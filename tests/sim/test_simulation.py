@@ -7,6 +7,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+import msgspec
 import pytest
 
 import llmasos.client.router
@@ -16,16 +17,17 @@ import llmasos.peer.announce
 import llmasos.peer.engine
 import llmasos.peer.handler
 import llmasos.peer.peer
+import llmasos.peer.resident
 import llmasos.peer.scheduler
 import llmasos.routing.health
 import llmasos.routing.placement
 import llmasos.routing.planner
-import sim.population
+import sim.auto
 import sim.runner
 import sim.swarm
 from sim.baselines import make_policy
 from sim.network import SimSwarm
-from sim.regions import Map
+from sim.regions import RELAY_RTT_S, Map
 from sim.report import Report
 from sim.scenario import Scenario, load, parse, resize
 from sim.simulation import simulate
@@ -46,7 +48,8 @@ def test_the_simulator_runs_the_shipped_modules() -> None:
     assert sim.swarm.Session is llmasos.client.session.Session
     assert sim.swarm.Router is llmasos.client.router.Router
     assert llmasos.client.scout.plan is llmasos.routing.planner.plan
-    assert sim.population.choose_span is llmasos.routing.placement.choose_span
+    assert sim.auto.choose_span is llmasos.routing.placement.choose_span
+    assert sim.auto.Resident is llmasos.peer.resident.Resident
     assert make_policy("ours", Map(bytes_per_s=1, jitter=0, loss=0), "") is None  # the router's own
 
 
@@ -216,3 +219,30 @@ patience_s = 3
     assert report.violations == []
     assert report.failed == report.requests > 0
     assert report.longest_gap_s > 5
+
+
+# --- what only a scenario shows --------------------------------------------------------------------------------------
+
+
+def test_peers_that_chose_their_blocks_close_a_gap() -> None:
+    report = simulate(resize(load("exodus"), clients=3, duration_s=110), 0, thorough=False)
+    assert report.violations == []
+    assert report.moves > 0
+    assert 0 < report.longest_gap_s <= 60
+    assert report.failed == 0
+
+
+def test_what_leads_through_a_relay_takes_longer_and_is_passed_by() -> None:
+    def with_relayed(share: float) -> Report:
+        scenario = resize(load("relays"), peers=12, clients=3, duration_s=12)
+        network = msgspec.structs.replace(scenario.network, relayed=share)
+        return simulate(msgspec.structs.replace(scenario, network=network), 3)
+
+    nobody, some, everybody = with_relayed(0.0), with_relayed(0.5), with_relayed(1.0)
+    # Three hops, and the way back: four ways of half a round trip, a relay on each.
+    assert everybody.token.p50_s - nobody.token.p50_s > 3 * RELAY_RTT_S / 2
+    assert everybody.first_token.p50_s > nobody.first_token.p50_s
+    used = {
+        relayed: [peer.utilisation for peer in some.peers_used if peer.relayed is relayed] for relayed in (True, False)
+    }
+    assert sum(used[True]) / len(used[True]) < 0.5 * sum(used[False]) / len(used[False])

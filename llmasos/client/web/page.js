@@ -6,7 +6,7 @@ const EVERY_MS = 2000;
 const STALE_S = 15;
 const $ = (id) => document.getElementById(id);
 
-const state = { swarm: null, activity: null, at: 0, model: null, failed: "", turns: [], asking: null, snippet: "curl" };
+const state = { swarm: null, activity: null, names: new Map(), at: 0, model: null, failed: "", turns: [], asking: null, snippet: "curl" };
 
 // --- small helpers ---------------------------------------------------------------------------------------------------
 
@@ -22,6 +22,7 @@ function fill(node, ...children) {
 }
 
 const short = (peer) => peer.slice(-8);
+const called = (peer) => state.names.get(peer) || short(peer);
 const whole = (number) => Math.round(number).toLocaleString("en");
 const span = (text) => text.split(":").map(Number);
 const plural = (count, noun) => `${count} ${noun}${count === 1 ? "" : "s"}`;
@@ -30,6 +31,10 @@ function seconds(value) {
   if (value < 1) return `${Math.round(value * 1000)} ms`;
   if (value < 90) return `${value.toFixed(value < 10 ? 1 : 0)} s`;
   return `${Math.round(value / 60)} min`;
+}
+
+function milliseconds(value) {
+  return value < 10 ? value.toFixed(1) : value.toFixed(0);
 }
 
 function key() {
@@ -53,6 +58,7 @@ async function refresh() {
   try {
     const [swarm, activity] = await Promise.all([ask("/api/swarm"), ask("/api/activity")]);
     Object.assign(state, { swarm, activity, at: Date.now(), failed: "" });
+    for (const peer of swarm.models.flatMap((one) => one.peers)) state.names.set(peer.peer, peer.name);
     $("login").hidden = true;
   } catch (error) {
     state.failed = error.message;
@@ -115,6 +121,8 @@ function verdict(tone, headline, emphasis, detail, command) {
   $("fix").querySelector("code").textContent = command || "";
 }
 
+const join = () => ` --join ${state.activity.join[0] || "MULTIADDR"}`;
+
 function drawVerdict(shown) {
   if (!state.swarm) {
     verdict("", state.failed ? "The gateway does not answer" : "Looking at the swarm…", "", state.failed, "");
@@ -122,7 +130,7 @@ function drawVerdict(shown) {
   }
   if (!shown) {
     verdict("bad", "Nobody serves a model here ", "yet", "Start a peer, and it shows up within seconds:",
-      "python -m llmasos.peer --blocks auto --join MULTIADDR");
+      `python -m llmasos.peer --blocks auto${join()}`);
     return;
   }
   const counts = coverage(shown);
@@ -130,7 +138,7 @@ function drawVerdict(shown) {
   if (!shown.covered) {
     const gaps = shown.missing.join(", ");
     verdict("bad", `${shown.model} waits: `, `blocks ${gaps} have no peer`, "Serve them, and it is usable again:",
-      `python -m llmasos.peer --blocks ${shown.missing[0]} --model ${shown.model} --join MULTIADDR`);
+      `python -m llmasos.peer --blocks ${shown.missing[0]} --model ${shown.model}${join()}`);
   } else if (least === 1) {
     const alone = counts.filter((count) => count === 1).length;
     verdict("good", `${shown.model} is `, "usable",
@@ -158,9 +166,9 @@ function drawFigures(shown) {
   const free = shown && shown.covered ? Math.min(...coverageRoom(shown)) : 0;
   const figures = [
     ["peers online", String(online.length), ""],
-    ["weakest block has", shown ? String(Math.min(...coverage(shown))) : "0", " of them"],
+    ["weakest block has", shown ? String(Math.min(...coverage(shown))) : "0", shown && Math.min(...coverage(shown)) === 1 ? " peer" : " peers"],
     ["room for", whole(free), " tokens"],
-    ["being written", String(state.activity.running.length), state.activity.waiting ? ` + ${state.activity.waiting} waiting` : " texts"],
+    ["being written", String(state.activity.running.length), state.activity.waiting ? ` + ${state.activity.waiting} waiting` : state.activity.running.length === 1 ? " text" : " texts"],
     ["speed", last ? last.tokens_per_s.toFixed(1) : "0", " tokens/s"],
     ["first token after", firsts.length ? seconds(firsts[firsts.length - 1].time_to_first_token_s) : "–", ""],
   ];
@@ -223,6 +231,7 @@ function ranges(blocks) {
 function drawPeers(shown) {
   const peers = shown ? shown.peers : [];
   $("peer-count").textContent = plural(peers.length, "peer");
+  const relayed = new Set(state.activity.relayed);
   const rows = peers.map((peer) => {
     const load = make("td");
     const meter = Object.assign(document.createElement("meter"), { min: 0, max: 1, high: 0.9, value: peer.load });
@@ -235,30 +244,61 @@ function drawPeers(shown) {
     return make("tr", "", id, name, make("td", "blocks", peer.blocks),
       make("td", "", make("span", `state ${["online", "joining", "draining"].includes(peer.state) ? peer.state : ""}`, peer.state)),
       make("td", "num", whole(peer.throughput)), load, make("td", "num", whole(peer.kv_free_tokens)),
+      make("td", "", relayed.has(peer.peer) ? "relayed" : "direct"),
       make("td", "num", rtt === undefined ? "–" : rtt < 0.001 ? "< 1 ms" : seconds(rtt)),
       make("td", "", peer.quantization === "none" ? peer.dtype : `${peer.dtype}, ${peer.quantization}`),
       make("td", "num", `${seconds(peer.age_s)} ago`));
   });
+  const labels = [...$("peers").tHead.rows[0].cells].map((cell) => cell.textContent);
+  for (const row of rows) [...row.cells].forEach((cell, index) => { cell.dataset.label = labels[index]; });
   fill($("peers").tBodies[0], ...rows);
 }
 
-function hops(route) {
-  return route.map((hop) => `${hop.blocks} ${short(hop.peer)}`).join("  →  ");
+// --- live requests and failovers -------------------------------------------------------------------------------------
+
+function hop(one, time, away) {
+  const name = make("b", "", called(one.peer));
+  const node = make("li", "", make("span", "blocks", one.blocks), name);
+  node.title = one.peer;
+  if (time) {
+    const { queue_ms: queue, compute_ms: compute, network_ms: network } = time;
+    node.append(make("span", "ms", `${milliseconds(queue + compute + network)} ms`));
+    node.title += `\n${milliseconds(compute)} ms computing, ${milliseconds(queue)} ms waiting, ${milliseconds(network)} ms on the way`;
+  } else if (away !== undefined) {
+    node.append(make("span", "ms", `${milliseconds(1000 * away)} ms away`));
+  }
+  return node;
+}
+
+function route(hops, times = [], rtts = {}) {
+  const took = new Map(times.map((time) => [`${time.peer} ${time.blocks}`, time]));
+  return make("ol", "route", ...hops.map((one) => hop(one, took.get(`${one.peer} ${one.blocks}`), rtts[one.peer])));
 }
 
 function drawRunning() {
   const { running, waiting } = state.activity;
   $("waiting").textContent = waiting ? `${waiting} waiting` : "";
-  const rows = running.map((text) => make("li", "",
-    `${text.model}: ${plural(text.tokens, "token")} behind ${text.prompt_tokens}, ${text.tokens_per_s.toFixed(1)} tokens/s`,
-    make("div", "route", hops(text.route) || "finding a route")));
-  fill($("running"), ...(rows.length ? rows : [make("li", "none", "Nothing at the moment.")]));
+  const rows = running.map((text) => {
+    const facts = [text.model, `${plural(text.tokens, "token")} after ${text.prompt_tokens} of prompt`, `${text.tokens_per_s.toFixed(1)} tokens/s`];
+    if (text.failovers) facts.push(plural(text.failovers, "failover"));
+    const node = make("li", "", facts.join(" · "));
+    if (text.waiting) node.append(make("div", "wrong", text.waiting));
+    node.append(text.route.length ? route(text.route, text.hops, state.activity.rtt_s) : make("div", "none", "finding a route"));
+    return node;
+  });
+  fill($("running"), ...(rows.length ? rows : [make("li", "none", "Nothing at the moment. Ask something in the chat, and its route shows here.")]));
 }
 
 function drawFailovers() {
-  const rows = state.activity.failovers.map((event) => make("li", "",
-    `${seconds(state.activity.now - event.at)} ago, ${event.model}: lost ${event.lost.map((hop) => `${hop.blocks} on ${short(hop.peer)}`).join(", ")}`,
-    make("div", "route", `went on through ${hops(event.now)}`)));
+  const { failovers, now } = state.activity;
+  $("failover-count").textContent = failovers.length ? plural(failovers.length, "failover") : "";
+  const rows = failovers.slice(0, 30).map((event) => {
+    const lost = event.lost.map((one) => `${one.blocks} on ${called(one.peer)}`).join(", ");
+    const node = make("li", "", make("span", "when", `${seconds(now - event.at)} ago`), `${event.model} lost ${lost}`);
+    if (event.why) node.append(make("div", "why", event.why));
+    node.append(route(event.now));
+    return node;
+  });
   fill($("failovers"), ...(rows.length ? rows : [make("li", "none", "None. No text had to change its route.")]));
 }
 
@@ -273,6 +313,7 @@ function drawChart(id, field, words, when, sparse = false) {
   const top = most * 1.12;
   const end = state.activity.now;
   const begin = Math.min(samples.length ? samples[0].at : end, end - 300);
+  $(`${id}-from`).textContent = `${seconds(end - begin)} ago`;
   const points = samples.map((one) => [(600 * (one.at - begin)) / (end - begin), 120 - (116 * one[field]) / top]);
   const line = points.map(([x, y], index) => `${index ? "L" : "M"}${x.toFixed(1)} ${y.toFixed(1)}`).join("");
   const node = (tag, attributes) => {
