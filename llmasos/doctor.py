@@ -111,7 +111,7 @@ def _versions() -> list[Finding]:
     if missing:
         findings.append(Finding("packages", "fail", f"{', '.join(missing)} not installed", "make install"))
     else:
-        findings.append(Finding("packages", "ok", f"llmasos {__version__}, {', '.join(found[:3])}"))
+        findings.append(Finding("packages", "ok", f"llmasos {__version__}, {', '.join(found[:2])}"))
     return findings
 
 
@@ -128,13 +128,12 @@ def _disk() -> list[Finding]:
     cache = Path(os.environ.get("HF_HOME", "~/.cache/huggingface")).expanduser()
     existing = next(path for path in [cache, *cache.parents] if path.exists())
     free_gb = shutil.disk_usage(existing).free / 1e9
+    home = Path("~").expanduser()
+    shown = Path("~") / existing.relative_to(home) if existing.is_relative_to(home) else existing
     if free_gb < MIN_DISK_GB:
-        return [
-            Finding(
-                "disk", "warn", f"{free_gb:.1f} GB free under {existing}", "models of the hub go there: set HF_HOME"
-            )
-        ]
-    return [Finding("disk", "ok", f"{free_gb:.0f} GB free under {existing}")]
+        fix = "models of the hub go there: set HF_HOME"
+        return [Finding("disk", "warn", f"{free_gb:.1f} GB free under {shown}", fix)]
+    return [Finding("disk", "ok", f"{free_gb:.0f} GB free under {shown}")]
 
 
 def _daemon() -> list[Finding]:
