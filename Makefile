@@ -65,7 +65,12 @@ format: install  ## Format the code and apply the safe fixes
 
 bench: install  ## Print the measured ratios (minutes; run nothing beside it)
 	$(PY) benchmarks/decode.py
+	$(PY) -m benchmarks.prompts
+	$(PY) benchmarks/hop.py
 	$(PY) benchmarks/native.py
+	$(PY) benchmarks/quality.py
+	$(PY) benchmarks/footprint.py
+	$(PY) benchmarks/failover.py
 
 clean:  ## Remove what was built
 	rm -rf $(VENV) build dist *.egg-info llmasos/blocks/native/_kernels.so .mypy_cache .ruff_cache .pytest_cache .hypothesis

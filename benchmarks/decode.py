@@ -11,6 +11,7 @@ with smaller weights.
 import argparse
 import asyncio
 import json
+import os
 import statistics
 import sys
 import time
@@ -90,8 +91,8 @@ def together(client: AsyncLLMasOS, prompt: str, new_tokens: int, sessions: int) 
 
 
 async def swarm(stack: AsyncExitStack, peers: int, *options: str) -> LocalSwarm:
-    """That many peers with even spans."""
-    started = await stack.enter_async_context(LocalSwarm())
+    """That many peers with even spans. They share the cores: each computes with as many as are there for it alone."""
+    started = await stack.enter_async_context(LocalSwarm(threads=max(1, (os.cpu_count() or 1) // peers)))
     spans = enumerate(split_evenly(30, peers), start=1)
     await asyncio.gather(*(started.start_peer(f"peer{n}", str(span), *options) for n, span in spans))
     return started

@@ -48,14 +48,16 @@ class LocalProcess:
 
 
 class LocalSwarm:
-    """Starts a bootstrap, then peers on demand, each a process of its own with one compute thread.
+    """Starts a bootstrap, then peers on demand, each a process of its own.
 
     An async context manager: leaving it stops every process, politely first. Where the kernel is Linux, none outlives
     the process that started it, however that ends.
     """
 
-    def __init__(self, *, model: str = "smollm2", show_talk: bool = False) -> None:
+    def __init__(self, *, model: str = "smollm2", threads: int = 1, show_talk: bool = False) -> None:
+        """`threads` is how many each process computes with."""
         self.model = model
+        self.threads = threads
         self.bootstrap: LocalProcess | None = None
         self.peers: dict[str, LocalProcess] = {}
         self._show_talk = show_talk
@@ -131,7 +133,7 @@ class LocalSwarm:
         return await self._end(peer)
 
     async def _start(self, name: str, arguments: list[str]) -> LocalProcess:
-        spawning = asyncio.create_task(_spawn(arguments), name=f"spawn {name}")
+        spawning = asyncio.create_task(_spawn(arguments, self.threads), name=f"spawn {name}")
         try:
             process = await asyncio.shield(spawning)
         except asyncio.CancelledError:
@@ -174,7 +176,7 @@ class LocalSwarm:
             return await member.process.wait()
 
 
-async def _spawn(arguments: Sequence[str]) -> asyncio.subprocess.Process:
+async def _spawn(arguments: Sequence[str], threads: int) -> asyncio.subprocess.Process:
     return await asyncio.create_subprocess_exec(
         sys.executable,
         *arguments,
@@ -182,7 +184,7 @@ async def _spawn(arguments: Sequence[str]) -> asyncio.subprocess.Process:
         stdout=asyncio.subprocess.PIPE,
         stderr=asyncio.subprocess.PIPE,
         # Several torch processes with several threads each spin against each other (docs/log.md).
-        env={**os.environ, "OMP_NUM_THREADS": "1", "GOMAXPROCS": "1"},
+        env={**os.environ, "OMP_NUM_THREADS": str(threads), "GOMAXPROCS": "1"},
         start_new_session=True,  # the terminal's Ctrl-C is ours alone: we stop them in order
         preexec_fn=_end_with_parent if _prctl is not None else None,
     )
