@@ -62,10 +62,12 @@ class Comparison:
     def table(self) -> Table:
         """For people: the best of each column is bold."""
         first = self.reports[0]
-        table = Table(title=f"{first.scenario}, seed {first.seed}: {first.title}", title_justify="left", box=None)
-        table.add_column("policy", style="bold")
-        for name in ("tokens/s", "first p50", "first p95", "next p50", "next p95", "next p99", "failed", "failovers"):
-            table.add_column(name, justify="right")
+        table = Table(
+            title=f"{first.scenario}, seed {first.seed}: {first.title}", title_justify="left", box=None, padding=0
+        )
+        table.add_column("policy", style="bold", width=12)
+        for name in ("tokens/s", "first p50", "first p95", "next p50", "next p95", "next p99", "failed"):
+            table.add_column(name, justify="right", width=len(name) + 1)
         for report in self.reports:
             table.add_row(
                 report.policy,
@@ -73,9 +75,8 @@ class Comparison:
                 *(seconds(value) for value in (report.first_token.p50_s, report.first_token.p95_s)),
                 *(seconds(value) for value in (report.token.p50_s, report.token.p95_s, report.token.p99_s)),
                 str(report.failed),
-                str(report.failovers),
             )
-        table.add_row("bound", f"{first.bound_tokens_per_s:.1f}", *[""] * 7, style="dim")
+        table.add_row("bound", f"{first.bound_tokens_per_s:.1f}", *[""] * 6, style="dim")
         return table
 
 

@@ -182,7 +182,8 @@ def load(name: str) -> Scenario:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         known = ", ".join(found.stem for found in sorted(HERE.glob("*.toml")))
-        raise ScenarioError(f"there is no scenario {name!r}: {error}", hint=f"take one of {known}, or a file") from None
+        why = "" if isinstance(error, FileNotFoundError) else f": {error}"
+        raise ScenarioError(f"there is no scenario {name!r}{why}", hint=f"take one of {known}, or a file") from None
     return parse(text, path.stem, str(path))
 
 

@@ -17,7 +17,7 @@ from llmasos.client.openai_answers import TokenScore
 from llmasos.client.openai_api import Options
 from llmasos.client.token_bytes import TokenBytes, offsets_of
 from llmasos.client.trace import StepTime
-from llmasos.errors import LLMasOSError
+from llmasos.errors import LLMasOSError, short_id
 
 log = logging.getLogger(__name__)
 
@@ -192,6 +192,11 @@ class Texts:
                 aclosing(self.generator.events(request, dialogue, prompt.ids, new_tokens)) as events,
             ):
                 live.dialogue, route = dialogue, live.route
+                log.info(
+                    "choice %d goes through %s",
+                    index,
+                    ", ".join(f"{hop['blocks']} on {short_id(hop['peer'])}" for hop in route),
+                )
                 async for event in events:
                     if live.failovers and (lost := [hop for hop in route if hop not in live.route]):
                         self.on_failover(live, lost)

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import pytest_asyncio
 
-from tests.clients.conftest import HOSTILE, Running
+from tests.clients.conftest import HOSTILE, Guarded, Running
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 
@@ -151,6 +151,24 @@ async def test_snippets_carry_the_address(page: Any, running: Running) -> None:
     for name in ("curl", "openai", "langchain", "llmasos"):
         await page.click(f"[data-snippet={name}]")
         assert running.url in await page.inner_text("#snippet")
+
+
+async def test_a_key_is_asked_for_and_never_shown(browser: Any, guarded: Guarded) -> None:
+    from playwright.async_api import expect
+
+    context = await browser.new_context()
+    page = await context.new_page()
+    await page.goto(guarded.url)
+    await page.fill("#key", "sk-llmasos-wrong")
+    await page.press("#key", "Enter")
+    await expect(page.locator("#age")).to_contain_text("not known")
+    await page.fill("#key", guarded.secret)
+    await page.press("#key", "Enter")
+    await expect(page.locator("#peers tbody tr").first).to_be_visible(timeout=30_000)
+    await expect(page.locator("#login")).to_be_hidden()
+    assert "YOUR_KEY" in await page.inner_text("#snippet")
+    assert guarded.secret not in await page.content()
+    await context.close()
 
 
 async def test_a_peer_killed_under_an_answer(page: Any, running: Running) -> None:

@@ -395,7 +395,10 @@ async def test_what_is_logged_says_of_which_request_and_session(
     entries = [json.loads(line) for line in caplog.text.splitlines() if line.startswith("{")]
     answered = [entry["request"] for entry in entries if "is answered with 200" in entry["message"]]
     assert answered == ["one", "two"]
+    routed = {entry["request"]: entry["session"] for entry in entries if "goes through" in entry["message"]}
+    assert sorted(routed) == ["one", "two"]
     begun = [entry["session"] for entry in entries if " begins: " in entry["message"]]
+    assert set(begun) == set(routed.values())
     assert [begun.count(session) for session in sorted(set(begun))] == [2, 2]  # two sessions, on two peers each
 
 

@@ -28,6 +28,7 @@ async def test_it_names_the_models_that_can_be_used(tiny_gateway: Served) -> Non
     assert body["properties"]["model"]["enum"] == ["tiny"]
 
 
+@pytest.mark.swarm  # it starts a process
 @pytest.mark.skipif(not SCHEMATHESIS.exists(), reason="schemathesis is not installed: make clients")
 async def test_whatever_is_sent_the_gateway_does_not_fail(listening: str, tmp_path: Path) -> None:
     """Requests that the document allows, and such that it does not; the answers are of the forms that it tells."""

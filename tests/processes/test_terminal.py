@@ -18,6 +18,8 @@ from typing import Self
 
 import pytest_asyncio
 
+from llmasos import LLMasOS
+from llmasos.client.events import Event, Rerouted
 from sim.local import LocalSwarm
 from tests.processes.conftest import command
 
@@ -186,3 +188,52 @@ async def test_a_trace_of_a_generation(two: LocalSwarm, tmp_path: Path) -> None:
     nowhere = await command("llmasos", "generate", "x", *options[:4], "--trace", "/nowhere/trace.json")
     assert nowhere.code == 2
     assert "/nowhere/trace.json cannot be written" in nowhere.stderr
+
+
+def name_of(swarm: LocalSwarm, end_of_id: str) -> str:
+    return next(name for name, peer in swarm.peers.items() if peer.peer_id.endswith(end_of_id))
+
+
+async def test_whoever_talks_or_calls_is_told_of_a_lost_peer(two: LocalSwarm, tmp_path: Path) -> None:
+    """In the terminal as a line of its own, in Python as an event; the text goes on in both."""
+    await two.start_peer("spare", "15:30")
+    loop = asyncio.get_running_loop()
+
+    def kill(end_of_id: str) -> None:
+        asyncio.run_coroutine_threadsafe(two.kill(name_of(two, end_of_id)), loop).result()
+
+    def start(blocks: str) -> None:
+        asyncio.run_coroutine_threadsafe(two.start_peer("late", blocks), loop).result()
+
+    def talk() -> None:
+        with Terminal("chat", "--join", two.address, "--max-new-tokens", "3", home=tmp_path) as terminal:
+            terminal.until("you > ")
+            terminal.type("Hi\n")
+            terminal.until(r"tokens/s\n+you > ")
+            terminal.type("/route\n")
+            route = terminal.until(r"15:30 on \w{8}\n")
+            terminal.until("you > ")
+            terminal.type("/max 120\n")
+            terminal.until("you > ")
+            terminal.type("Tell me a very long story about a river.\n")
+            terminal.until(r"river\.\n[^\n]{20,}")
+            kill(route.strip()[-8:])
+            terminal.until(r"\n\(rerouted: .*\)\n")
+            terminal.until(r"tokens/s\n+you > ")
+            terminal.type("\x04")
+            assert terminal.end() == 0
+
+    def call() -> None:
+        events: list[Event] = []
+        with LLMasOS(endpoint=two.address, on_event=events.append) as client:
+            whole = client.generate("Once upon a time", max_new_tokens=60)
+            pieces = client.stream_text("Once upon a time", max_new_tokens=60)
+            text = "".join(next(pieces) for _ in range(5))
+            start("15:30")  # so far one peer alone has these blocks, and with them the session
+            kill(whole.route[1].peer)
+            text += "".join(pieces)
+        assert text == whole.text
+        assert any(isinstance(event, Rerouted) for event in events)
+
+    await asyncio.to_thread(talk)
+    await asyncio.to_thread(call)
