@@ -37,7 +37,7 @@ for line in sys.stdin:
     with torch.inference_mode():
         out = model.generate(torch.tensor([ids]), do_sample=False, max_new_tokens=new_tokens,
                              min_new_tokens=new_tokens, pad_token_id=0, streamer=Clock())
-    answer = {"token_ids": out[0, len(ids):].tolist(), "tokens_per_s": (new_tokens - 1) / (times[-1] - times[1])}
+    answer = {"token_ids": out[0, len(ids):].tolist(), "tokens_per_s": (new_tokens - 1) / max(times[-1] - times[1], 1e-9)}
     print(json.dumps(answer), flush=True)
 """
 

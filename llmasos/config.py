@@ -69,6 +69,9 @@ SEND_TIMEOUT_S = 3.0
 """A peer that takes in nothing for this long, although little is under way to it, hangs; more for large frames."""
 SLOW_LINK_BYTES_PER_S = 1.25e6
 """What the slowest link of a hop should carry (10 Mbit/s): how long a large frame may take is reckoned with it."""
+PROMPT_STRETCH = 2.25
+"""How much longer a token may take because of prompts in the same pass; more prompt rows wait for the next. Smaller
+chunks cost prompts some speed, since the weights are read for each: a pass of this length still has the half of it."""
 PREFIX_PAGE_TOKENS = 64
 """Sessions share the beginnings of prompts in units of so many tokens: a page of kv in the compiled blocks."""
 PREFIX_SHARE = 0.25
@@ -118,8 +121,8 @@ class PeerConfig:
     kv_tokens: int | None = None
     """Room for cached tokens; None takes a quarter of the free memory, at most `MAX_AUTO_KV_TOKENS`."""
     max_batch_tokens: int = 256
-    """Rows of one forward pass. Large enough that a prompt runs at the speed of matrix products, small enough that
-    a decoding session beside it waits for one pass of it at most."""
+    """Rows of one forward pass: a prompt runs at the speed of matrix products. With a session that decodes in it a pass
+    has fewer, as many as `PROMPT_STRETCH` allows at the measured speed."""
     drain_timeout_s: float = 30.0
     metrics_port: int | None = None
     """Where Prometheus may look; None shows nothing."""

@@ -38,6 +38,19 @@ def test_a_prompt_is_cut_and_never_holds_up_a_decoding_session() -> None:
     ]
 
 
+def test_prompts_keep_a_pass_short_while_somebody_decodes() -> None:
+    scheduler = Scheduler(kv_tokens=1_000, max_batch_tokens=64)
+    scheduler.prompt_rows = 20
+    for name, tokens in (("long", 90), ("decode", 1), ("short", 18)):
+        scheduler.admit(name, 200)
+        scheduler.submit(name, 0, 0, tokens)
+    assert run_all(scheduler) == [
+        [("decode", 0, 1), ("long", 0, 20)],
+        [("short", 0, 18), ("long", 20, 46)],
+        [("long", 66, 24)],
+    ]
+
+
 def test_prompts_take_turns() -> None:
     scheduler = Scheduler(kv_tokens=1_000, max_batch_tokens=50)
     for name in "ab":
@@ -106,6 +119,10 @@ class Machine(RuleBasedStateMachine):
         self.step = 0
         self.passed_over: dict[str, int] = {}
 
+    @rule(rows=st.integers(1, 64))
+    def bound_prompts(self, rows: int) -> None:
+        self.scheduler.prompt_rows = rows
+
     @rule(name=st.sampled_from("abcdefg"), tokens=st.integers(0, 120))
     def admit(self, name: str, tokens: int) -> None:
         free = self.scheduler.kv_free_tokens
@@ -142,6 +159,10 @@ class Machine(RuleBasedStateMachine):
         assert sum(piece.tokens for piece in batch) <= self.scheduler.max_batch_tokens
         served = [piece.session for piece in batch]
         assert len(served) == len(set(served))
+        left = [sum(step == piece.step for step, _ in self.waiting[piece.session]) for piece in batch]
+        if any(rows <= DECODE_ROWS for rows in left):
+            of_prompts = sum(piece.tokens for piece, rows in zip(batch, left, strict=True) if rows > DECODE_ROWS)
+            assert of_prompts <= self.scheduler.prompt_rows
         for piece in batch:
             rows = [(piece.step, piece.position + row) for row in range(piece.tokens)]
             assert self.waiting[piece.session][: len(rows)] == rows

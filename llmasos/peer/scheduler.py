@@ -10,7 +10,8 @@ and last word:
 Laws, checked by `check()` and by the property test:
   * `0 <= cached <= reserved` for each session, and the sum of `reserved` is never over the kv budget;
   * steps of one session run in the order they came; rows of a step run in order;
-  * a decoding step waits for at most one pass, whatever prompts are queued (it is always scheduled before them);
+  * a decoding step waits for at most one pass, whatever prompts are queued (it is always scheduled before them), and
+    shares a pass with at most `prompt_rows` of them;
   * between sessions the order is round-robin: no session is passed over twice while it has work.
 """
 
@@ -81,6 +82,8 @@ class Scheduler:
     def __init__(self, kv_tokens: int, max_batch_tokens: int) -> None:
         self.kv_tokens = kv_tokens
         self.max_batch_tokens = max_batch_tokens
+        self.prompt_rows = max_batch_tokens
+        """Most rows of prompts in a pass that somebody decodes in: who sets it bounds how long a token takes."""
         self._sessions: dict[str, _Session] = {}  # in round-robin order: who was served last stands last
         self._reserved = 0
 
@@ -137,6 +140,8 @@ class Scheduler:
         room = self.max_batch_tokens
         chosen: list[Slice] = []
         for decoding in (True, False):
+            if chosen:
+                room = min(room, self.prompt_rows)
             for name, work in self._heads():
                 if (work.left <= DECODE_ROWS) is not decoding:
                     continue
