@@ -37,8 +37,8 @@ for line in sys.stdin:
     with torch.inference_mode():
         out = model.generate(torch.tensor([ids]), do_sample=False, max_new_tokens=new_tokens,
                              min_new_tokens=new_tokens, pad_token_id=0, streamer=Clock())
-    answer = {"token_ids": out[0, len(ids):].tolist(), "tokens_per_s": (new_tokens - 1) / max(times[-1] - times[1], 1e-9)}
-    print(json.dumps(answer), flush=True)
+    speed = (new_tokens - 1) / max(times[-1] - times[1], 1e-9)
+    print(json.dumps({"token_ids": out[0, len(ids):].tolist(), "tokens_per_s": speed}), flush=True)
 """
 
 PROSE = """The lighthouse keeper had kept a diary for thirty-one years, and in all that time he had written only of the
