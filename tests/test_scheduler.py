@@ -4,7 +4,7 @@ import pytest
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
-from llmasos.peer.scheduler import DECODE_ROWS, GapError, KvFullError, Scheduler
+from llmasos.peer.scheduler import DECODE_ROWS, RECENT_PASSES, GapError, KvFullError, Scheduler
 
 
 def run_all(scheduler: Scheduler) -> list[list[tuple[str, int, int]]]:
@@ -39,16 +39,29 @@ def test_a_prompt_is_cut_and_never_holds_up_a_decoding_session() -> None:
 
 
 def test_prompts_keep_a_pass_short_while_somebody_decodes() -> None:
+    scheduler = Scheduler(kv_tokens=2_000, max_batch_tokens=64)
+    scheduler.prompt_rows = 20
+    for name, tokens in (("long", 1_500), ("decode", 1), ("short", 18)):
+        scheduler.admit(name, 1_600 if name == "long" else 20)
+        scheduler.submit(name, 0, 0, tokens)
+    passes = run_all(scheduler)
+    assert passes[:3] == [
+        [("decode", 0, 1), ("long", 0, 20)],
+        [("short", 0, 18), ("long", 20, 2)],  # who decodes is expected back any moment
+        [("long", 22, 20)],
+    ]
+    sizes = [sum(rows for _, _, rows in batch) for batch in passes]
+    assert sizes[1:RECENT_PASSES] == [20] * (RECENT_PASSES - 1)
+    assert sizes[RECENT_PASSES] == 64, "nobody has decoded for a while"
+
+
+def test_a_prompt_is_not_held_up_by_its_own_session() -> None:
     scheduler = Scheduler(kv_tokens=1_000, max_batch_tokens=64)
     scheduler.prompt_rows = 20
-    for name, tokens in (("long", 90), ("decode", 1), ("short", 18)):
-        scheduler.admit(name, 200)
-        scheduler.submit(name, 0, 0, tokens)
-    assert run_all(scheduler) == [
-        [("decode", 0, 1), ("long", 0, 20)],
-        [("short", 0, 18), ("long", 20, 46)],
-        [("long", 66, 24)],
-    ]
+    scheduler.admit("turns", 400)
+    for step, tokens in enumerate((100, 1, 100)):
+        scheduler.submit("turns", step, scheduler.queued_tokens, tokens)
+    assert [rows for ((_, _, rows),) in run_all(scheduler)] == [64, 36, 1, 64, 36]
 
 
 def test_prompts_take_turns() -> None:

@@ -10,8 +10,8 @@ and last word:
 Laws, checked by `check()` and by the property test:
   * `0 <= cached <= reserved` for each session, and the sum of `reserved` is never over the kv budget;
   * steps of one session run in the order they came; rows of a step run in order;
-  * a decoding step waits for at most one pass, whatever prompts are queued (it is always scheduled before them), and
-    shares a pass with at most `prompt_rows` of them;
+  * a decoding step waits for at most one pass, whatever prompts are queued (it is always scheduled before them);
+  * while somebody decodes, that pass has at most `prompt_rows` rows of prompts;
   * between sessions the order is round-robin: no session is passed over twice while it has work.
 """
 
@@ -21,6 +21,10 @@ from dataclasses import dataclass, field
 
 DECODE_ROWS = 16
 """A step of at most this many rows counts as decoding (one token, or a speculated handful): it goes before prompts."""
+
+
+RECENT_PASSES = 16
+"""Who has decoded in one of so many passes is on the way back with the next token: a pass must not be long then."""
 
 
 class KvFullError(Exception):
@@ -53,6 +57,7 @@ class _Work:
 class _Session:
     reserved: int
     cached: int = 0
+    decoded_in: int = -RECENT_PASSES  # number of the last pass that it decoded in
     queue: deque[_Work] = field(default_factory=deque)
 
     @property
@@ -83,7 +88,8 @@ class Scheduler:
         self.kv_tokens = kv_tokens
         self.max_batch_tokens = max_batch_tokens
         self.prompt_rows = max_batch_tokens
-        """Most rows of prompts in a pass that somebody decodes in: who sets it bounds how long a token takes."""
+        """Most rows of prompts in a pass while somebody decodes: who sets it bounds how long a token takes."""
+        self._passes = 0
         self._sessions: dict[str, _Session] = {}  # in round-robin order: who was served last stands last
         self._reserved = 0
 
@@ -140,7 +146,7 @@ class Scheduler:
         room = self.max_batch_tokens
         chosen: list[Slice] = []
         for decoding in (True, False):
-            if chosen:
+            if not decoding and self._somebody_decodes():
                 room = min(room, self.prompt_rows)
             for name, work in self._heads():
                 if (work.left <= DECODE_ROWS) is not decoding:
@@ -161,10 +167,13 @@ class Scheduler:
                 continue
             self._sessions[piece.session] = self._sessions.pop(piece.session)  # served: to the back of the round
             work = entry.queue[0]
+            if work.tokens <= DECODE_ROWS:
+                entry.decoded_in = self._passes
             work.done += piece.tokens
             entry.cached = piece.position + piece.tokens
             if piece.completes:
                 entry.queue.popleft()
+        self._passes += 1
 
     def steps_of(self, session: str) -> list[int]:
         """The steps of a session that wait or run, in order."""
@@ -193,6 +202,13 @@ class Scheduler:
         for name, entry in self._sessions.items():
             assert 0 <= entry.cached <= entry.reserved, f"session {name}: {entry.cached} cached, {entry.reserved} kept"
             assert all(0 <= work.done < max(work.tokens, 1) for work in entry.queue), f"session {name}: a step overran"
+
+    def _somebody_decodes(self) -> bool:
+        """Whether a token waits, or is about to come: whoever sends a prompt does not decode."""
+        return any(
+            entry.queue[0].left <= DECODE_ROWS if entry.queue else self._passes - entry.decoded_in < RECENT_PASSES
+            for entry in self._sessions.values()
+        )
 
     def _heads(self) -> Iterator[tuple[str, _Work]]:
         return ((name, entry.queue[0]) for name, entry in self._sessions.items() if entry.queue)
