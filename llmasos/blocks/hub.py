@@ -2,12 +2,15 @@
 
 import json
 import re
+import socket
 from collections.abc import Iterable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
+from urllib.request import getproxies
 
-from huggingface_hub import hf_hub_download
+from huggingface_hub import constants, hf_hub_download
 from huggingface_hub.errors import (
     EntryNotFoundError,
     GatedRepoError,
@@ -21,6 +24,9 @@ from huggingface_hub.errors import (
 from llmasos.blocks.checkpoint import LazyTensor, Stored, read_header, renamed, stored_tensor
 from llmasos.blocks.quiet import quiet
 from llmasos.errors import CheckpointError, UnknownModelError
+
+CONNECT_TIMEOUT_S = 5.0
+"""A hub that takes longer to connect to is taken to be out of reach, and what is on this disk has to do."""
 
 _ID = re.compile(r"[A-Za-z0-9][\w.\-]*(/[\w.\-]+)?")
 
@@ -67,6 +73,7 @@ class HubFiles:
 
     def _fetch(self, name: str, revision: str | None, **options: Any) -> Path:
         hint = "try --model smollm2, a directory with config.json and safetensors, or a .gguf file"
+        options["local_files_only"] = not _hub_answers()
         try:
             with quiet():
                 return Path(hf_hub_download(self.repository, name, revision=revision, **options))
@@ -87,6 +94,20 @@ class HubFiles:
             raise UnknownModelError(f"{self.repository} on the hub has no {name}", hint=hint) from error
         except (HfHubHTTPError, OSError) as error:
             raise UnknownModelError(f"{name} of {self.repository} cannot be fetched: {error}", hint=hint) from error
+
+
+def _hub_answers() -> bool:
+    """Whether the hub can be connected to. Its own client would try again for half a minute to find out."""
+    hub = urlsplit(constants.ENDPOINT)
+    if hub.hostname is None or hub.scheme in getproxies():
+        return True  # whoever sits in between has to tell
+    try:
+        with socket.create_connection(
+            (hub.hostname, hub.port or (80 if hub.scheme == "http" else 443)), CONNECT_TIMEOUT_S
+        ):
+            return True
+    except OSError:
+        return False
 
 
 class HubCheckpoint:
