@@ -42,9 +42,10 @@ def offline_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     def local_only(repository: str, name: str, **kwargs: Any) -> str:
         from huggingface_hub import hf_hub_download
 
-        return hf_hub_download(repository, name, cache_dir=tmp_path, local_files_only=True, **kwargs)
+        return hf_hub_download(repository, name, cache_dir=tmp_path, **kwargs)
 
     monkeypatch.setattr(hub, "hf_hub_download", local_only)
+    monkeypatch.setattr(hub.constants, "ENDPOINT", "http://127.0.0.1:9")  # nobody listens there
     return tmp_path
 
 
