@@ -18,6 +18,8 @@ import time
 from collections.abc import Awaitable, Callable
 from contextlib import AsyncExitStack
 
+import torch
+
 from llmasos.client.async_client import AsyncLLMasOS
 from llmasos.config import ClientConfig
 from sim.local import LocalSwarm, split_evenly
@@ -177,6 +179,7 @@ def report(speeds: dict[str, list[float]], prompt_tokens: int, new_tokens: int, 
 
 
 if __name__ == "__main__":
+    torch.set_num_threads(1)  # this process shares the cores with the peers; the baseline has all of them
     options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     options.add_argument("--rounds", type=int, default=5)
     options.add_argument("--prompt-tokens", type=int, default=64)

@@ -16,6 +16,8 @@ import time
 from collections.abc import Awaitable, Callable
 from contextlib import AsyncExitStack
 
+import torch
+
 from benchmarks.decode import PROSE, baseline, swarm
 from llmasos.client.async_client import AsyncLLMasOS
 from llmasos.client.generate import Generator
@@ -119,6 +121,7 @@ def report(times: Times, prompt_tokens: int, system_tokens: int, long_tokens: in
 
 
 if __name__ == "__main__":
+    torch.set_num_threads(1)  # this process shares the cores with the peers; the baseline has all of them
     options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     options.add_argument("--rounds", type=int, default=5)
     options.add_argument("--prompt-tokens", type=int, default=512)
