@@ -132,7 +132,8 @@ class Engine:
 
         Without this the first would run alone, the others behind it, and every weight would be read twice from then on.
         """
-        while 0 < (waiting := self.scheduler.waiting_sessions) < self.scheduler.active_sessions:
+        while self.scheduler.returning_sessions:
+            waiting = self.scheduler.waiting_sessions
             await asyncio.sleep(GATHER_S)
             if self.scheduler.waiting_sessions == waiting:
                 return

@@ -103,6 +103,15 @@ class Scheduler:
         return sum(1 for session in self._sessions.values() if session.queue)
 
     @property
+    def returning_sessions(self) -> int:
+        """How many sessions have decoded a moment ago and are expected back with their next step."""
+        return sum(
+            1
+            for session in self._sessions.values()
+            if not session.queue and self._passes - session.decoded_in < RECENT_PASSES
+        )
+
+    @property
     def kv_free_tokens(self) -> int:
         return self.kv_tokens - self._reserved
 
@@ -205,10 +214,7 @@ class Scheduler:
 
     def _somebody_decodes(self) -> bool:
         """Whether a token waits, or is about to come: whoever sends a prompt does not decode."""
-        return any(
-            entry.queue[0].left <= DECODE_ROWS if entry.queue else self._passes - entry.decoded_in < RECENT_PASSES
-            for entry in self._sessions.values()
-        )
+        return self.returning_sessions > 0 or any(work.left <= DECODE_ROWS for _, work in self._heads())
 
     def _heads(self) -> Iterator[tuple[str, _Work]]:
         return ((name, entry.queue[0]) for name, entry in self._sessions.items() if entry.queue)
