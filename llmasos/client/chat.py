@@ -15,7 +15,8 @@ from collections.abc import AsyncGenerator
 from contextlib import AsyncExitStack, aclosing
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, Self
 
 from llmasos.config import ClientConfig
 from llmasos.console import add_numbers, say, talk, whole
@@ -303,53 +304,66 @@ def tell_event(event: "Event") -> None:
     say(f"\n({event})", style="dim")
 
 
-async def _talk(conversation: Conversation, speaker: Speaker, keyboard: Keyboard) -> None:
-    loop = asyncio.get_running_loop()
-    while not conversation.ended:
-        line = await _typed(loop, keyboard)
-        if line is None:
-            return
+class CtrlC:
+    """Ctrl-C, for as long as this is entered: it interrupts nothing by itself, and no press is lost."""
+
+    def __init__(self) -> None:
+        self._pressed = asyncio.Event()
+
+    def __enter__(self) -> Self:
+        asyncio.get_running_loop().add_signal_handler(signal.SIGINT, self._pressed.set)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        asyncio.get_running_loop().remove_signal_handler(signal.SIGINT)
+
+    async def comes_before(self, task: "asyncio.Task[Any]") -> bool:
+        """Whether it is pressed before a task comes to its end."""
+        waiting = asyncio.create_task(self._pressed.wait(), name="Ctrl-C")
         try:
-            if said := conversation.hear(line):
-                say(said, style="dim")
-        except UsageError as error:
-            say(f"{error.message}; {error.hint}", style="red")
-        if conversation.shows_route:
-            say(speaker.route, style="dim")
-        if conversation.asks:
-            answer = asyncio.create_task(_answer(conversation, speaker), name="answer")
-            if await _ends_before_ctrl_c(loop, answer):
-                answer.result()
-            else:
-                answer.cancel()
-                await asyncio.wait([answer])
-                say("\n(stopped)", style="dim")
+            await asyncio.wait([task, waiting], return_when=asyncio.FIRST_COMPLETED)
+            return not task.done()
+        finally:
+            waiting.cancel()
+            self._pressed.clear()
 
 
-async def _typed(loop: asyncio.AbstractEventLoop, keyboard: Keyboard) -> str | None:
+async def _talk(conversation: Conversation, speaker: Speaker, keyboard: Keyboard) -> None:
+    with CtrlC() as ctrl_c:
+        while not conversation.ended:
+            line = await _typed(keyboard, ctrl_c)
+            if line is None:
+                return
+            try:
+                if said := conversation.hear(line):
+                    say(said, style="dim")
+            except UsageError as error:
+                say(f"{error.message}; {error.hint}", style="red")
+            if conversation.shows_route:
+                say(speaker.route, style="dim")
+            if conversation.asks:
+                answer = asyncio.create_task(_answer(conversation, speaker), name="answer")
+                if await ctrl_c.comes_before(answer):
+                    answer.cancel()
+                    await asyncio.wait([answer])
+                    say("\n(stopped)", style="dim")
+                else:
+                    answer.result()
+
+
+async def _typed(keyboard: Keyboard, ctrl_c: CtrlC) -> str | None:
     """The next line; None at the end of input, or when the user does not want to type any."""
     line = asyncio.create_task(keyboard.line(), name="keyboard")
     for last in (not keyboard.is_terminal, True):
-        if await _ends_before_ctrl_c(loop, line):
+        if not await ctrl_c.comes_before(line):
             return line.result()
         if last:
             break
         keyboard.remind()
     line.cancel()
     return None
-
-
-async def _ends_before_ctrl_c(loop: asyncio.AbstractEventLoop, task: "asyncio.Task[Any]") -> bool:
-    """Whether a task comes to its end before the user presses Ctrl-C."""
-    pressed = asyncio.Event()
-    loop.add_signal_handler(signal.SIGINT, pressed.set)
-    waiting = asyncio.create_task(pressed.wait(), name="Ctrl-C")
-    try:
-        await asyncio.wait([task, waiting], return_when=asyncio.FIRST_COMPLETED)
-        return task.done()
-    finally:
-        waiting.cancel()
-        loop.remove_signal_handler(signal.SIGINT)
 
 
 async def _answer(conversation: Conversation, speaker: Speaker) -> None:
