@@ -4,14 +4,13 @@
 
 Every contestant is a process of its own that lives through the whole run; they take turns, so that a machine whose
 speed drifts drifts for all of them. Absolute numbers repeat within a factor of two here; the ratios hold. The prompt is
-prose and nothing is guessed, but for the contestant that says so. `--all` adds the torch engine, and the compiled one
+prose and nothing is guessed, but by the contestants that say so. `--all` adds the torch engine, and the compiled one
 with smaller weights.
 """
 
 import argparse
 import asyncio
 import json
-import os
 import statistics
 import sys
 import time
@@ -92,9 +91,9 @@ def together(client: AsyncLLMasOS, prompt: str, new_tokens: int, sessions: int) 
     return run
 
 
-async def swarm(stack: AsyncExitStack, peers: int, *options: str) -> LocalSwarm:
-    """That many peers with even spans. They share the cores: each computes with as many as are there for it alone."""
-    started = await stack.enter_async_context(LocalSwarm(threads=max(1, (os.cpu_count() or 1) // peers)))
+async def swarm(stack: AsyncExitStack, peers: int, *options: str, threads: int = 1) -> LocalSwarm:
+    """That many peers with even spans. They share the cores with each other and the client."""
+    started = await stack.enter_async_context(LocalSwarm(threads=threads))
     spans = enumerate(split_evenly(30, peers), start=1)
     await asyncio.gather(*(started.start_peer(f"peer{n}", str(span), *options) for n, span in spans))
     return started
@@ -110,7 +109,7 @@ async def main(rounds: int, prompt_tokens: int, new_tokens: int, *, everything: 
     async with AsyncExitStack() as stack:
         one, three = await swarm(stack, 1), await swarm(stack, 3)
         to_one, to_three = await plain_client(stack, one), await plain_client(stack, three)
-        guessing = await stack.enter_async_context(AsyncLLMasOS(one.address))
+        guessing, guessing_too = [await stack.enter_async_context(AsyncLLMasOS(each.address)) for each in (one, three)]
         generator = await to_one.generator("smollm2")
         ids = (await generator.encode(PROSE))[:prompt_tokens]
         prompt = generator.tokenizer.decode(ids)
@@ -120,6 +119,7 @@ async def main(rounds: int, prompt_tokens: int, new_tokens: int, *, everything: 
             "1 peer": through(to_one, prompt, new_tokens),
             "3 peers": through(to_three, prompt, new_tokens),
             "1 peer, guessing": through(guessing, prompt, new_tokens),
+            "3 peers, guessing": through(guessing_too, prompt, new_tokens),
             "1 peer x 16": together(to_one, prompt, new_tokens, 16),
             "3 peers x 16": together(to_three, prompt, new_tokens, 16),
         }
@@ -172,7 +172,8 @@ def report(speeds: dict[str, list[float]], prompt_tokens: int, new_tokens: int, 
     for name, values in speeds.items():
         spread = f"{min(values):.1f} - {max(values):.1f}"
         print(f"  {name:<19} {statistics.median(values):8.1f}   {spread:>16}   {ratio(name, 'transformers'):.2f}x")
-    print(f"  3 peers / 1 peer: {ratio('3 peers', '1 peer'):.2f}x")
+    print(f"  3 peers / 1 peer: {ratio('3 peers', '1 peer'):.2f}x; ", end="")
+    print(f"both guessing: {ratio('3 peers, guessing', '1 peer, guessing'):.2f}x")
     if "torch, 3 peers" in speeds:
         print(f"  3 peers / 1 peer on torch: {ratio('torch, 3 peers', 'torch, 1 peer'):.2f}x")
     print(f"  the same tokens in float32: {'no: ' + ', '.join(different) if different else 'yes'}")

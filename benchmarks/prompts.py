@@ -2,7 +2,7 @@
 
     python -m benchmarks.prompts [--rounds 5] [--prompt-tokens 512] [--system-tokens 500] [--long-tokens 2000]
 
-1. Time to the first token of a prompt: transformers (a process of its own, all cores), one peer, three peers.
+1. Time to the first token of a prompt: transformers (a process of its own), one peer, both with all cores; three peers.
 2. Two prompts that begin alike: the second's time to its first token, as a share of the first's. Every round has a
    beginning of its own.
 3. A text that is being written while another client's long prompt is computed: p95 of the time between its tokens,
@@ -11,6 +11,7 @@
 
 import argparse
 import asyncio
+import os
 import statistics
 import time
 from collections.abc import Awaitable, Callable
@@ -54,7 +55,7 @@ async def gaps_s(client: AsyncLLMasOS, prompt: str, enough: Callable[[int], bool
 
 async def measure(rounds: int, prompt_tokens: int, system_tokens: int, long_tokens: int) -> None:
     async with AsyncExitStack() as stack:
-        one, three = await swarm(stack, 1), await swarm(stack, 3)
+        one, three = await swarm(stack, 1, threads=os.cpu_count() or 1), await swarm(stack, 3)
         plain, sharing = ClientConfig(share_prefixes=False), ClientConfig()
         to_one = await stack.enter_async_context(AsyncLLMasOS(one.address, config=plain))
         to_three = await stack.enter_async_context(AsyncLLMasOS(three.address, config=plain))
