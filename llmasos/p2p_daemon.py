@@ -13,6 +13,7 @@ import contextlib
 import logging
 import os
 import shutil
+import signal
 import socket
 import tempfile
 import time
@@ -156,13 +157,12 @@ class Daemon:
             await asyncio.gather(control._read_task, control._write_task, return_exceptions=True)
         child = self._child
         if child is not None and child.returncode is None:
-            with contextlib.suppress(ProcessLookupError):
-                child.terminate()
+            _signal(child, signal.SIGTERM)
             try:
                 async with asyncio.timeout(STOP_TIMEOUT_S):
                     await child.wait()
             except TimeoutError:
-                child.kill()
+                _signal(child, signal.SIGKILL)
                 await child.wait()
         self.died.set()
         await self._tasks.close()
@@ -247,6 +247,13 @@ class Daemon:
         except BaseException:
             stream.abort()
             raise
+
+
+def _signal(child: asyncio.subprocess.Process, number: signal.Signals) -> None:
+    """Send a child a signal. `Process.terminate` would first ask whether it has ended, and so take the answer away from
+    the event loop, which then complains that it knows no such child: p2pd often ends by itself just then."""
+    with contextlib.suppress(ProcessLookupError):
+        os.kill(child.pid, number)
 
 
 def _sweep() -> None:
