@@ -8,6 +8,7 @@ import signal
 import sys
 from collections import deque
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from itertools import pairwise
 from types import TracebackType
@@ -44,7 +45,9 @@ class LocalProcess:
     def signal(self, number: signal.Signals) -> None:
         """Send it a signal, if it still runs."""
         if self.process.returncode is None:
-            self.process.send_signal(number)
+            # Not by `Process.send_signal`: it takes the exit code of one that has just ended away from the event loop.
+            with suppress(ProcessLookupError):
+                os.kill(self.process.pid, number)
 
 
 class LocalSwarm:
@@ -172,7 +175,7 @@ class LocalSwarm:
                 return await member.process.wait()
         except TimeoutError:
             log.warning("%s did not stop in %.0f s and is killed", member.name, STOP_TIMEOUT_S)
-            member.process.kill()
+            member.signal(signal.SIGKILL)
             return await member.process.wait()
 
 
