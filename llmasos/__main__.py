@@ -1,0 +1,5 @@
+"""`python -m llmasos` is `llmasos`."""
+
+from llmasos.cli import main
+
+main()
