@@ -2,9 +2,9 @@
 
     python benchmarks/gateway.py [--rounds 5] [--clients 8] [--new-tokens 96]
 
-Two swarms of processes on this machine, of one peer and of three, each behind its own `llmasos gateway`. Every client is
-an HTTP client of its own that streams; each asks for another text. One of them alone and all at once take turns. The
-tokens/s of all at once are those that arrive from the first request's start to the last one's end, prompts included.
+Two swarms of processes on this machine, of one peer and of three, each behind its own `llmasos gateway`. Every client
+is an HTTP client of its own; each asks for another text. One of them alone and all at once take turns. The tokens/s of
+all at once are those that arrive from the first request's start to the last one's end, prompts included.
 """
 
 import argparse
@@ -18,7 +18,7 @@ from contextlib import AsyncExitStack, asynccontextmanager
 from llmasos.client.async_client import AsyncLLMasOS
 from llmasos.local import LocalSwarm, split_evenly
 
-OPENINGS = ("The harbour", "A letter", "My brother", "Three engineers", "The winter", "An old map", "Her garden", "Rain")
+OPENINGS = ("The harbour", "A letter", "My brother", "Three engineers", "The winter", "An old map", "A garden", "Rain")
 
 
 @asynccontextmanager
