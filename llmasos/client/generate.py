@@ -22,7 +22,7 @@ from llmasos.blocks.sampling import Sampler, SamplingParams, Scored, score
 from llmasos.blocks.tensors import from_torch, to_torch
 from llmasos.client.head import MAX_ROWS, SharedHead
 from llmasos.client.session import Session
-from llmasos.client.speculation import Speculator
+from llmasos.client.speculation import Ahead, Speculator
 from llmasos.client.text import Detokenizer, StopText
 from llmasos.client.trace import Trace
 from llmasos.config import MAX_PREFIX_PAGES, PREFIX_PAGE_TOKENS
@@ -152,38 +152,6 @@ class Dialogue:
         del self.held[min(len(self.held), len(ids)) if common is None else common :]
 
 
-class _Ahead:
-    """Scores that one step has brought: for the token behind what was sent, and behind each guess sent with it."""
-
-    def __init__(self) -> None:
-        self._guesses: Sequence[int] = ()
-        self._logits: Sequence[torch.Tensor] = ()  # (1, vocab) each
-        self._taken = 0
-
-    def put(self, guesses: Sequence[int], logits: torch.Tensor) -> None:
-        """A step came back: (1 + guesses, vocab)."""
-        self._guesses, self._taken = guesses, 0
-        self._logits = [logits[index : index + 1] for index in range(len(logits))]
-
-    def take(self, last: int) -> torch.Tensor | None:
-        """The next scores, if they still count: those behind a guess do only if the token came as guessed."""
-        taken = self._taken
-        if taken == len(self._logits) or (taken > 0 and self._guesses[taken - 1] != last):
-            return None
-        self._taken += 1
-        return self._logits[taken]
-
-    @property
-    def right(self) -> int:
-        """How many guesses came true."""
-        return max(self._taken - 1, 0)
-
-    @property
-    def guessed(self) -> int:
-        """How many guesses there were."""
-        return len(self._guesses)
-
-
 class Generator:
     """The model's ends on this machine: what turns text into rows and rows into text.
 
@@ -291,7 +259,7 @@ class Generator:
         reason: FinishReason = "length"
         waiting: list[tuple[Scored, int]] = []  # scored tokens whose text is held back, and where it begins
         # 2. The prompt.
-        ahead, speculator = _Ahead(), Speculator(ids)
+        ahead, speculator = Ahead(), Speculator(ids)
         if request.score_prompt:
             dialogue.held.clear()
             row, scores = await self._score_prompt(dialogue, ids, request.logprobs or 0)
@@ -357,7 +325,7 @@ class Generator:
                 raise UsageError(f"logit_bias names token {token}, which is not in the vocabulary of {size}")
 
     async def _next_logits(
-        self, dialogue: Dialogue, ids: Sequence[int], ahead: _Ahead, speculator: Speculator, room: int
+        self, dialogue: Dialogue, ids: Sequence[int], ahead: Ahead, speculator: Speculator, room: int
     ) -> torch.Tensor:
         """Scores of the token behind `ids`, (1, vocab): there already if the last token was guessed, else computed.
 

@@ -13,7 +13,11 @@ links that are longer than the computing, they are tried often. `Speculator` is 
 what came of each step.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import torch
 
 MAX_NGRAM = 3
 MIN_NGRAM = 2
@@ -108,6 +112,38 @@ class Speculator:
         self._account += accepted + 1 - seconds / self._plain_s
         self._account = max(min(self._account, 0.0), -MAX_DEBT)
         self._guesses = min(2 * guessed, MAX_GUESSES) if accepted == guessed else max(accepted + 1, MIN_NGRAM)
+
+
+class Ahead:
+    """Scores that one step has brought: for the token behind what was sent, and behind each guess sent with it."""
+
+    def __init__(self) -> None:
+        self._guesses: Sequence[int] = ()
+        self._logits: Sequence[torch.Tensor] = ()  # (1, vocab) each
+        self._taken = 0
+
+    def put(self, guesses: Sequence[int], logits: "torch.Tensor") -> None:
+        """A step came back: (1 + guesses, vocab)."""
+        self._guesses, self._taken = guesses, 0
+        self._logits = [logits[index : index + 1] for index in range(len(logits))]
+
+    def take(self, last: int) -> "torch.Tensor | None":
+        """The next scores, if they still count: those behind a guess do only if the token came as guessed."""
+        taken = self._taken
+        if taken == len(self._logits) or (taken > 0 and self._guesses[taken - 1] != last):
+            return None
+        self._taken += 1
+        return self._logits[taken]
+
+    @property
+    def right(self) -> int:
+        """How many guesses came true."""
+        return max(self._taken - 1, 0)
+
+    @property
+    def guessed(self) -> int:
+        """How many guesses there were."""
+        return len(self._guesses)
 
 
 def _blend(average: float, sample: float) -> float:
