@@ -56,7 +56,10 @@ HOMES = {
 SIMULATED = [
     "llmasos.peer",
     "llmasos.routing",
-    *(f"llmasos.client.{name}" for name in ("session", "connections", "events", "flights", "hop", "hops", "router")),
+    *(
+        f"llmasos.client.{name}"
+        for name in ("session", "recruiter", "connections", "events", "flights", "hop", "hops", "router")
+    ),
 ]
 """Runs unchanged under virtual time: clocks, sleeping and chance come in through a seam."""
 REAL = ["llmasos.peer.torch_runner", "llmasos.peer.metrics", "llmasos.peer.serve", "llmasos.peer.__main__"]

@@ -18,7 +18,6 @@ import itertools
 import logging
 from collections import deque
 from collections.abc import Awaitable, Callable, Sequence
-from dataclasses import replace
 from types import TracebackType
 from typing import Self
 
@@ -28,24 +27,24 @@ from llmasos.client.events import Event, HandedOver, OnEvent, Rerouted, Waiting,
 from llmasos.client.flights import Flight, Flights
 from llmasos.client.hop import HopLink, as_peer_error
 from llmasos.client.hops import Hops
+from llmasos.client.recruiter import Recruiter
 from llmasos.client.router import Router
 from llmasos.client.trace import Tracer
-from llmasos.config import HAND_OVER_RETRY_S, MAX_ROWS_IN_FLIGHT, ClientConfig
+from llmasos.config import MAX_ROWS_IN_FLIGHT, ClientConfig
 from llmasos.errors import (
     ConnectionLostError,
     MissingBlocksError,
     PeerError,
     PeerFaultError,
     PeerTimeoutError,
-    SwarmError,
     UsageError,
 )
 from llmasos.history import History
 from llmasos.logs import session_label
 from llmasos.network import Network
-from llmasos.routing.planner import Hop, Route, RouteRequest
+from llmasos.routing.planner import Route, RouteRequest
 from llmasos.span import Span
-from llmasos.wire import AnyMessage, Draining, Failed, Open, Replay, Result, Step, Tensor, join_rows
+from llmasos.wire import AnyMessage, Draining, Failed, Replay, Result, Step, Tensor, join_rows
 
 log = logging.getLogger(__name__)
 
@@ -80,17 +79,16 @@ class Session:
         self._router = router
         self._request = request
         self._config = config
-        self._id = router.new_session_id()
-        self.label = session_label(self._id)
-        self._prefix = tuple(prefix)
+        name = router.new_session_id()
+        self.label = session_label(name)
         self._hops = Hops(request.model_blocks)
         self._inputs = History()
         self._answered = 0  # positions below this are answered, and cached on every hop that is not lagging
         self._flights = Flights(network.now)
         self._steps = itertools.count()
-        self._names = itertools.count()
         self._blame = Blame()
         self._connections = Connections(network, router, config, self._hear, self._on_lost)
+        self._recruiter = Recruiter(name, config, self._hops, router, self._connections, prefix=prefix, trace=trace)
 
     @property
     def prefix_tokens(self) -> int:
@@ -256,7 +254,7 @@ class Session:
             elif lagging := self._hops.lagging():
                 await self._catch_up(*lagging)
             elif draining := self._to_hand_over():
-                await self._hand_over(draining)
+                await self._recruiter.relieve(self._request, draining, new=self._inputs.length == 0)
             else:
                 for hop in self._hops.end_hand_overs():
                     self._connections.leave(hop)
@@ -285,9 +283,10 @@ class Session:
         for hop in lost:
             self._connections.leave(hop)
         try:
-            planned = await self._router.plan(
+            await self._recruiter.fill(
                 self._blame.asked_of_others(self._request),
                 missing,
+                new=self._inputs.length == 0,
                 patient=self._answered > 0 and self._blame.error is None,
                 on_event=self._tell_of_waiting,
             )
@@ -295,12 +294,6 @@ class Session:
             raise (self._blame.error or error) from None
         finally:
             self.waiting = None
-        newcomers = self._newcomers(planned)
-        self._hops.insert(newcomers)
-        await asyncio.gather(*(self._open(hop) for hop in newcomers))
-        errors = [hop.lost for hop in newcomers if hop.lost is not None]
-        if errors:
-            raise errors[0]
         if lost:
             reasons = "; ".join(hop.lost.message for hop in lost if hop.lost is not None)
             self._on_event(Rerouted(tuple(hop.plan.peer for hop in lost), reasons))
@@ -310,46 +303,10 @@ class Session:
             self.waiting = event
         self._on_event(event)
 
-    def _newcomers(self, planned: list[Hop]) -> list[HopLink]:
-        return [HopLink(plan, f"{self._id}.{next(self._names)}") for plan in planned]
-
     def _to_hand_over(self) -> HopLink | None:
         """A hop that drains, unless nobody could take over from it a moment ago."""
         now = asyncio.get_running_loop().time()
         return next((hop for hop in self._hops if hop.draining and hop.stays_until <= now), None)
-
-    async def _hand_over(self, old: HopLink) -> None:
-        """Put others in the place of a hop that drains, if there are any; it waits aside until they have caught up."""
-        old.stays_until = asyncio.get_running_loop().time() + HAND_OVER_RETRY_S
-        going = {hop.plan.peer for hop in self._hops if hop.draining}
-        request = replace(self._request, exclude=self._request.exclude | going)
-        try:
-            planned = await self._router.plan(request, [old.plan.span], patient=False)
-        except SwarmError as error:
-            log.info("session %s stays on %s until it goes: %s", self.label, old.plan.peer, error.message)
-            return
-        if old not in self._hops or old.lost is not None:
-            return
-        newcomers = self._newcomers(planned)
-        self._hops.begin_hand_over(old, newcomers)
-        await asyncio.gather(*(self._open(hop) for hop in newcomers))
-
-    async def _open(self, hop: HopLink) -> None:
-        """Open the session on a new hop; it is lost at once when that fails."""
-        sides = self._hops.sides(hop)
-        request = Open(
-            session=hop.session,
-            digest=self._request.digest,
-            dtype=self._config.dtype,
-            start=hop.plan.span.start,
-            end=hop.plan.span.end,
-            tokens=self._request.kv_tokens,
-            upstream=sides.upstream,
-            downstream=sides.downstream,
-            prefix=self._prefix if self._inputs.length == 0 else (),
-            trace=self.tracer is not None,
-        )
-        await self._connections.open(hop, request)
 
     async def _inform(self, hops: list[HopLink]) -> None:
         """Tell hops who their neighbours are, and wait until they have heard it: steps must not overtake that."""

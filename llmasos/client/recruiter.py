@@ -1,0 +1,97 @@
+"""Finds peers for the blocks that a session lacks, and opens the session on them."""
+
+import asyncio
+import itertools
+import logging
+from collections.abc import Sequence
+from dataclasses import replace
+
+from llmasos.client.connections import Connections
+from llmasos.client.events import OnEvent
+from llmasos.client.hop import HopLink
+from llmasos.client.hops import Hops
+from llmasos.client.router import Router
+from llmasos.config import HAND_OVER_RETRY_S, ClientConfig
+from llmasos.errors import SwarmError
+from llmasos.routing.planner import Hop, RouteRequest
+from llmasos.span import Span
+from llmasos.wire import Open
+
+log = logging.getLogger(__name__)
+
+
+class Recruiter:
+    """Puts newcomers among the `hops` of the session `name`, whose prompt begins with the pages `prefix`."""
+
+    def __init__(
+        self,
+        name: str,
+        config: ClientConfig,
+        hops: Hops,
+        router: Router,
+        connections: Connections,
+        *,
+        prefix: Sequence[bytes] = (),
+        trace: bool = False,
+    ) -> None:
+        self._name = name
+        self._config = config
+        self._hops = hops
+        self._router = router
+        self._connections = connections
+        self._prefix = tuple(prefix)
+        self._trace = trace
+        self._names = itertools.count()
+
+    async def fill(
+        self, request: RouteRequest, missing: list[Span], *, new: bool, patient: bool, on_event: OnEvent
+    ) -> None:
+        """Put hops where blocks are missing, and open them. `new` is a session that holds no rows yet.
+
+        Raises MissingBlocksError when there are none, and what the first of them was lost by that does not open.
+        """
+        planned = await self._router.plan(request, missing, patient=patient, on_event=on_event)
+        newcomers = self._newcomers(planned)
+        self._hops.insert(newcomers)
+        await self._open(request, newcomers, new=new)
+        errors = [hop.lost for hop in newcomers if hop.lost is not None]
+        if errors:
+            raise errors[0]
+
+    async def relieve(self, request: RouteRequest, old: HopLink, *, new: bool) -> None:
+        """Put others in the place of a hop that drains, if there are any; it waits aside until they have caught up."""
+        old.stays_until = asyncio.get_running_loop().time() + HAND_OVER_RETRY_S
+        going = {hop.plan.peer for hop in self._hops if hop.draining}
+        request = replace(request, exclude=request.exclude | going)
+        try:
+            planned = await self._router.plan(request, [old.plan.span], patient=False)
+        except SwarmError as error:
+            log.info("a session stays on %s until it goes: %s", old.plan.peer, error.message)
+            return
+        if old not in self._hops or old.lost is not None:
+            return
+        newcomers = self._newcomers(planned)
+        self._hops.begin_hand_over(old, newcomers)
+        await self._open(request, newcomers, new=new)
+
+    def _newcomers(self, planned: list[Hop]) -> list[HopLink]:
+        return [HopLink(plan, f"{self._name}.{next(self._names)}") for plan in planned]
+
+    async def _open(self, request: RouteRequest, newcomers: list[HopLink], *, new: bool) -> None:
+        """Open the session on new hops, all at once; whoever fails is lost."""
+        await asyncio.gather(*(self._connections.open(hop, self._opening(request, hop, new)) for hop in newcomers))
+
+    def _opening(self, request: RouteRequest, hop: HopLink, new: bool) -> Open:
+        sides = self._hops.sides(hop)
+        return Open(
+            session=hop.session,
+            digest=request.digest,
+            dtype=self._config.dtype,
+            start=hop.plan.span.start,
+            end=hop.plan.span.end,
+            tokens=request.kv_tokens,
+            upstream=sides.upstream,
+            downstream=sides.downstream,
+            prefix=self._prefix if new else (),
+            trace=self._trace,
+        )
