@@ -16,7 +16,7 @@ from llmasos.blocks.attention import NotPackableError, PackedCache, PackedStep, 
 from llmasos.blocks.chain import Chain, Finished
 from llmasos.blocks.devices import DTYPES, resolve_device, resolve_dtype
 from llmasos.blocks.kv_cache import SessionCache
-from llmasos.blocks.linear import pack_linears, weight_bytes
+from llmasos.blocks.linear import pack_head, pack_linears, weight_bytes
 from llmasos.blocks.loading import Loader, Progress, left_on_meta
 from llmasos.blocks.quiet import quiet
 from llmasos.blocks.registry import ModelSpec
@@ -85,9 +85,18 @@ class ModelEnds:
 
 
 def load_ends(
-    spec: ModelSpec, *, dtype: str = "float32", device: str = "cpu", progress: Progress | None = None
+    spec: ModelSpec,
+    *,
+    dtype: str = "float32",
+    device: str = "cpu",
+    quantization: str = "none",
+    progress: Progress | None = None,
 ) -> ModelEnds:
-    """Load everything of a model but its blocks."""
+    """Load everything of a model but its blocks.
+
+    With blocks of fewer bits, whichever, a head that the compiled library runs is kept in int8: it is a good part of
+    what a token reads, and four bits would cost too much of the text where nothing comes behind to mend it.
+    """
     device = resolve_device(device)
     dtype = resolve_dtype(dtype, device)
     body = dissect(spec.config, dtype)
@@ -103,6 +112,7 @@ def load_ends(
     lost = left_on_meta(body.model)
     if lost:
         raise UnsupportedModelError(f"{spec.family} models keep {lost[0]} where it is not loaded from")
+    pack_head(body.model, dtype if quantization == "none" else "int8", device)
     pack_linears(body.model, device)
     if progress is not None:
         progress(total, total)

@@ -1,15 +1,19 @@
-"""A linear layer whose weight is kept in the order that oneDNN computes in.
+"""Linear layers whose weight is kept in the order that it is computed in: oneDNN's, or the compiled library's.
 
 `nn.Linear` reorders its weight on every call. Doing that once makes one row twice as fast and 1 to 16 rows cost the
 same (docs/log.md). It also makes the result of a row independent of how many rows share the call, from two rows up;
 one row alone is therefore computed as two.
 """
 
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
+
+from llmasos.blocks.native.head import NativeLinear
+from llmasos.blocks.native.library import available
+from llmasos.blocks.native.stack import KINDS
 
 ROWS_HINT = 16
 """Row count that the weight order is tuned for: batches of decoding sessions."""
@@ -67,7 +71,14 @@ def pack_linears(module: nn.Module, device: str) -> None:
             pack_linears(child, device)
 
 
+def pack_head(model: Any, kind: str, device: str) -> None:
+    """Give a model's head to the compiled library, its weight kept as `kind`, where there is one that takes it."""
+    head = model.get_output_embeddings()
+    if type(head) is nn.Linear and torch.device(device).type == "cpu" and kind in KINDS and available():
+        model.set_output_embeddings(NativeLinear(head, kind))
+
+
 def weight_bytes(module: nn.Module) -> int:
     """Bytes of all weights and buffers of `module`, prepacked ones included; shared tensors count once."""
     tensors = {id(t): t.nbytes for t in [*module.parameters(), *module.buffers()] if not t.is_meta}
-    return sum(tensors.values()) + sum(m.nbytes for m in module.modules() if isinstance(m, PackedLinear))
+    return sum(tensors.values()) + sum(m.nbytes for m in module.modules() if isinstance(m, PackedLinear | NativeLinear))

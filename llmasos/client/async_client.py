@@ -352,9 +352,7 @@ class AsyncLLMasOS:
             raise UsageError("through a gateway, no part of a model is here", hint="give a multiaddr as the endpoint")
         async with self._loading:
             if model_name not in self._generators:
-                self._generators[model_name] = await asyncio.to_thread(
-                    _load, model_name, self._config.speculate, self._config.dtype
-                )
+                self._generators[model_name] = await asyncio.to_thread(_load, model_name, self._config)
             return self._generators[model_name]
 
     async def _run(self, request: GenerationRequest, model_name: str) -> Generation:
@@ -388,6 +386,7 @@ async def _last(pieces: AsyncIterator[str | Generation]) -> Generation:
     return result
 
 
-def _load(model_name: str, speculate: bool, dtype: str) -> Generator:
+def _load(model_name: str, config: ClientConfig) -> Generator:
     spec = resolve(model_name)
-    return Generator(spec, load_ends(spec, dtype=dtype), load_tokenizer(spec), speculate=speculate)
+    ends = load_ends(spec, dtype=config.dtype, quantization=config.quantization)
+    return Generator(spec, ends, load_tokenizer(spec), speculate=config.speculate)

@@ -103,12 +103,28 @@ def test_rounding_stays_within_half_a_step() -> None:
     assert np.abs(Matrix("bfloat16", weight).unpack() / weight - 1).max() <= 2**-8
     steps = np.abs(weight).max(axis=1, keepdims=True) / 127
     assert (np.abs(Matrix("int8", weight).unpack() - weight) <= 0.5001 * steps).all()
-    given = Matrix("int4", weight).unpack()
-    for start in range(0, 130, 64):
-        part, out = weight[:, start : start + 64], given[:, start : start + 64]
-        reach = part.max(axis=1, keepdims=True) - part.min(axis=1, keepdims=True)
-        # Half a step, and what rounding scale and minimum to bfloat16 costs.
-        assert (np.abs(out - part) <= reach / 30 + 0.006 * np.abs(part).max()).all()
+
+
+def test_four_bits_cost_less_than_rounding_over_the_whole_range() -> None:
+    weight = rows_of(70, 130) * np.linspace(0.01, 5, 70, dtype=np.float32)[:, None]
+    out = Matrix("int4", weight).unpack()
+    plain = np.empty_like(weight)
+    for start in range(0, 130, 32):
+        part = weight[:, start : start + 32]
+        least, most = part.min(axis=1, keepdims=True), part.max(axis=1, keepdims=True)
+        step = (most - least) / 15
+        plain[:, start : start + 32] = least + step * np.round((part - least) / step)
+    assert np.square(out - weight).sum() < 0.9 * np.square(plain - weight).sum()
+
+
+def test_four_bits_hold_what_was_rounded_to_four_bits() -> None:
+    """GGUF's Q4_0 and Q4_1 have a scale, and a minimum, for 32 weights as well."""
+    rng = np.random.default_rng(3)
+    levels = rng.integers(0, 16, (40, 3, 32)).astype(np.float32)
+    scales, lowest = rng.uniform(0.01, 2, (40, 3, 1)).astype(np.float32), rng.uniform(5, 10, (40, 3, 1))
+    weight = (scales * (levels - lowest)).astype(np.float32).reshape(40, 96)
+    error = np.abs(Matrix("int4", weight).unpack() - weight).reshape(40, 3, 32)
+    assert (error <= 2**-8 * 15 * scales).all()  # both are kept in bfloat16: 0.06 of a step
 
 
 def test_special_rows_of_weights() -> None:
@@ -122,7 +138,7 @@ def test_special_rows_of_weights() -> None:
 def test_bytes_are_those_of_the_kind() -> None:
     sizes = {kind: Matrix(kind, np.zeros((64, 128), np.float32)).nbytes for kind in KINDS}
     each = 64 * 128
-    assert sizes == {"float32": 4 * each, "bfloat16": 2 * each, "int8": each + 4 * 64, "int4": each * 9 // 16}
+    assert sizes == {"float32": 4 * each, "bfloat16": 2 * each, "int8": each + 4 * 64, "int4": each * 5 // 8}
 
 
 def test_gates_and_ups_side_by_side() -> None:

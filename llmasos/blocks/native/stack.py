@@ -68,7 +68,7 @@ class Matrix:
         bias = None if bias is None else np.ascontiguousarray(bias, np.float32)
         self._call = library().call
         made = self._call["matrix_new"](KINDS[kind], *self.shape, _address(weight), _address(bias))
-        self.handle = _given(made)
+        self.handle = given(made)
 
     @property
     def nbytes(self) -> int:
@@ -134,7 +134,7 @@ class Cache:
     def __init__(self, stack: "Stack", handle: int | None = None) -> None:
         self.stack = stack  # lives as long as its caches
         self._call = stack.call
-        self.handle = _given(self._call["cache_new"](stack.handle)) if handle is None else handle
+        self.handle = given(self._call["cache_new"](stack.handle)) if handle is None else handle
 
     @property
     def nbytes(self) -> int:
@@ -142,13 +142,13 @@ class Cache:
 
     def truncate(self, tokens: int) -> None:
         """Forget all but the first `tokens` positions."""
-        _succeed(self._call["cache_truncate"](self.handle, tokens))
+        succeed(self._call["cache_truncate"](self.handle, tokens))
 
     def fork(self, tokens: int) -> "Cache":
         """A cache with the first `tokens` positions, which must be whole pages that are there. Shares their memory."""
         if tokens % PAGE_TOKENS:
             raise ValueError(f"{tokens} positions are not whole pages of {PAGE_TOKENS}")
-        return Cache(self.stack, _given(self._call["cache_fork"](self.handle, tokens)))
+        return Cache(self.stack, given(self._call["cache_fork"](self.handle, tokens)))
 
     def __del__(self) -> None:
         if getattr(self, "handle", 0):
@@ -168,7 +168,7 @@ class Stack:
         struct = GeometryStruct(g.hidden, g.heads, g.kv_heads, g.head_dim)
         index = library().variant(variant)
         self.variant = next(name for name, other in library().variants.items() if other == index)
-        self.handle = _given(self.call["stack_new"](ctypes.byref(struct), threads, index))
+        self.handle = given(self.call["stack_new"](ctypes.byref(struct), threads, index))
         self._tables: dict[int, tuple[Array, Array]] = {}
 
     @property
@@ -202,7 +202,7 @@ class Stack:
             scale=layer.scale,
             softcap=layer.softcap,
         )
-        _succeed(self.call["stack_add"](self.handle, ctypes.byref(struct)))
+        succeed(self.call["stack_add"](self.handle, ctypes.byref(struct)))
         for matrix in matrices:
             matrix.release()
         self.layers += 1
@@ -236,7 +236,7 @@ class Stack:
         if table in self._tables and self._tables[table][0].shape[1] != width:
             raise ValueError(f"rotary table {table} changes its width")
         call = self.call["stack_rotary"]
-        _succeed(call(self.handle, table, _address(cosines), _address(sines), cosines.shape[0], width))
+        succeed(call(self.handle, table, _address(cosines), _address(sines), cosines.shape[0], width))
         self._tables[table] = (cosines, sines)  # the library borrows them
 
     @property
@@ -258,7 +258,7 @@ class Stack:
         if any(position + tokens > self.positions for _, position, tokens in chunks):
             raise ValueError(f"the rotary tables end at {self.positions}")
         structs = (ChunkStruct * len(chunks))(*(ChunkStruct(cache.handle, at, tokens) for cache, at, tokens in chunks))
-        _succeed(self.call["stack_forward"](self.handle, first, last, structs, len(chunks), _address(rows)))
+        succeed(self.call["stack_forward"](self.handle, first, last, structs, len(chunks), _address(rows)))
 
     def __del__(self) -> None:
         if getattr(self, "handle", 0):
@@ -273,12 +273,14 @@ def _norm(norm: Norm | None) -> NormStruct:
     return NormStruct(None, 0.0) if norm is None else NormStruct(_address(norm.weight), norm.eps)
 
 
-def _given(handle: Any) -> int:
+def given(handle: Any) -> int:
+    """The handle. Raises NativeMemoryError where there is none."""
     if not handle:
         raise NativeMemoryError
     return int(handle)
 
 
-def _succeed(done: int) -> None:
+def succeed(done: int) -> None:
+    """Raises NativeMemoryError where a call says that it has not."""
     if not done:
         raise NativeMemoryError

@@ -2,12 +2,14 @@
 // else fails: arguments are checked on the other side.
 #include <exception>
 
+#include "head.h"
 #include "stack.h"
 
 #define API extern "C" __attribute__((visibility("default")))
 
 using llmasos::Cache;
 using llmasos::Chunk;
+using llmasos::Head;
 using llmasos::Kernels;
 using llmasos::Matrix;
 using llmasos::Stack;
@@ -91,6 +93,20 @@ API int64_t llmasos_stack_bytes(const Stack* stack) { return stack->weight_bytes
 
 API int llmasos_stack_forward(Stack* stack, int first, int last, const Chunk* chunks, int count, float* rows) {
     return succeeded([&] { stack->forward(first, last, chunks, count, rows); });
+}
+
+API Head* llmasos_head_new(Matrix* matrix, int threads, int variant_index) {
+    Head* head = nullptr;
+    succeeded([&] { head = new Head(matrix, threads, *variant(variant_index)); });
+    return head;
+}
+
+API void llmasos_head_free(Head* head) { delete head; }
+
+API int64_t llmasos_head_bytes(const Head* head) { return head->weight_bytes(); }
+
+API int llmasos_head_forward(Head* head, const float* x, int64_t rows, float* y) {
+    return succeeded([&] { head->forward(x, rows, y); });
 }
 
 API Cache* llmasos_cache_new(const Stack* stack) {

@@ -3,7 +3,7 @@
 // Laws:
 // - A result is a function of its own row, and for attention of its own session's kv. No sum is cut otherwise when
 //   there are more rows, other tiles or more threads: one order of summation per output element, everywhere.
-// - Rows are padded with zeros to a multiple of 64 floats (GROUP), and their widths here are those real ones.
+// - Rows are padded with zeros to a multiple of GROUP floats, and their widths here are those real ones.
 // - Nothing here allocates, locks or fails. Buffers do not overlap unless it is said.
 #pragma once
 

@@ -10,7 +10,7 @@ namespace {
 
 using llmasos::LinearJob;
 
-constexpr int64_t GROUP_BYTES = PANEL * 4 + PANEL * GROUP / 2;  // INT4: scales and minima, then 64 k of four bits
+constexpr int64_t GROUP_BYTES = PANEL * 4 + PANEL * GROUP / 2;  // INT4: scales and minima, then GROUP k of four bits
 constexpr int64_t X_BYTES = 384 * 1024;  // rows of x that are kept in a cache of 1 MiB beside a panel
 constexpr int AHEAD = 2048;              // bytes of weights that are asked for before they are needed
 

@@ -68,18 +68,72 @@ void pack_int8(Place place, const float* row, int inputs, float& scale) {
     }
 }
 
+// Four bits for the weights of a group: minimum + scale * (0 … 15), both in bfloat16.
+struct Rounding {
+    uint32_t both;  // scale, and the minimum in the upper half
+    float error;    // weighted sum of squares
+
+    float scale() const { return float_of(both << 16); }
+    float minimum() const { return float_of(both & 0xFFFF0000u); }
+};
+
+// To the nearest whole number in [0, 15]. Adding 1.5 * 2^23 leaves no bits for a fraction.
+inline float level(float value, float minimum, float inverse) {
+    constexpr float WHOLE = 12582912.0f;
+    return (std::min(15.0f, std::max(0.0f, (value - minimum) * inverse)) + WHOLE) - WHOLE;
+}
+
+// What becomes of `count` weights with that scale and minimum.
+Rounding rounded(const float* w, const float* weight, int count, float scale, float minimum) {
+    const uint32_t low = bfloat16(scale), high = bfloat16(minimum);
+    Rounding out{low | (high << 16), 0};
+    const float s = out.scale(), m = out.minimum(), inverse = s != 0 ? 1.0f / s : 0.0f;
+    for (int k = 0; k < count; k++) {
+        const float off = w[k] - (m + s * level(w[k], m, inverse));
+        out.error += weight[k] * off * off;
+    }
+    return out;
+}
+
+// Begins with the whole range, and then looks for a range a little smaller, or larger, whose best line through the
+// levels (least squares) costs less: few weights at the ends may be cut so that all others are nearer. Errors count by
+// the size of the weight, as in llama.cpp's K-quants: large ones are there for a reason.
+Rounding best_rounding(const float* w, int count) {
+    float weight[GROUP], least = w[0], most = w[0], mean = 0;
+    for (int k = 0; k < count; k++) {
+        least = std::min(least, w[k]), most = std::max(most, w[k]);
+        mean += w[k] * w[k];
+    }
+    mean = std::sqrt(mean / static_cast<float>(count));
+    for (int k = 0; k < count; k++) weight[k] = mean + std::fabs(w[k]);
+    Rounding best = rounded(w, weight, count, (most - least) / 15.0f, least);
+    if (!(most > least) || !std::isfinite(most - least)) return best;
+    for (int i = 0; i < 12; i++) {
+        const float inverse = (13.6f + 0.2f * static_cast<float>(i)) / (most - least);
+        float n = 0, q = 0, qq = 0, x = 0, qx = 0;
+        for (int k = 0; k < count; k++) {
+            const float l = level(w[k], least, inverse);
+            n += weight[k];
+            q += weight[k] * l;
+            qq += weight[k] * l * l;
+            x += weight[k] * w[k];
+            qx += weight[k] * l * w[k];
+        }
+        const float determinant = n * qq - q * q;
+        if (!(determinant > 0)) continue;
+        const Rounding found = rounded(w, weight, count, (n * qx - q * x) / determinant, (qq * x - q * qx) / determinant);
+        if (found.error < best.error) best = found;
+    }
+    return best;
+}
+
 void pack_int4(Place place, const float* row, int inputs, int group) {
     const int begin = group * GROUP, end = std::min(inputs, begin + GROUP);
-    float least = row[begin], most = row[begin];
-    for (int k = begin; k < end; k++) least = std::min(least, row[k]), most = std::max(most, row[k]);
-    // Scale and minimum are rounded first, so that the sixteen steps are the best for what the kernel will see.
-    const uint32_t minimum = bfloat16(least), scale = bfloat16((most - float_of(minimum << 16)) / 15.0f);
-    *place.at_scale(group) = scale | (minimum << 16);
-    const float m = float_of(minimum << 16), s = float_of(scale << 16);
-    for (int k = begin; k < end; k++) {
-        const float q = s != 0 ? std::nearbyint((row[k] - m) / s) : 0.0f;
-        *place.at_int4(k) |= static_cast<uint32_t>(std::min(15.0f, std::max(0.0f, q))) << (k % 8 * 4);
-    }
+    const Rounding found = best_rounding(row + begin, end - begin);
+    *place.at_scale(group) = found.both;
+    const float s = found.scale(), inverse = s != 0 ? 1.0f / s : 0.0f;
+    for (int k = begin; k < end; k++)
+        *place.at_int4(k) |= static_cast<uint32_t>(level(row[k], found.minimum(), inverse)) << (k % 8 * 4);
 }
 
 }  // namespace

@@ -8,6 +8,8 @@
 #pragma once
 
 #include <cstddef>
+#include <cstdint>
+#include <utility>
 
 namespace llmasos {
 
@@ -17,5 +19,22 @@ constexpr size_t ALIGNMENT = 64;  // a cache line, and an AVX-512 register
 void* allocate(size_t bytes);
 // Null is allowed.
 void release(void* memory) noexcept;
+
+// Zeroed floats, aligned.
+class Floats {
+  public:
+    Floats() = default;
+    explicit Floats(int64_t count) : data_(static_cast<float*>(allocate(size_t(count) * sizeof(float)))) {}
+    Floats(Floats&& other) noexcept : data_(other.data_) { other.data_ = nullptr; }
+    Floats& operator=(Floats&& other) noexcept {
+        std::swap(data_, other.data_);
+        return *this;
+    }
+    ~Floats() { release(data_); }
+    float* data() const { return data_; }
+
+  private:
+    float* data_ = nullptr;
+};
 
 }  // namespace llmasos

@@ -11,23 +11,6 @@ namespace {
 
 constexpr int OWN_ROWS = 4;  // up to here each thread normalises all rows for itself, which is cheaper than to meet
 
-// Zeroed floats, aligned.
-class Floats {
-  public:
-    Floats() = default;
-    explicit Floats(int64_t count) : data_(static_cast<float*>(allocate(size_t(count) * sizeof(float)))) {}
-    Floats(Floats&& other) noexcept : data_(other.data_) { other.data_ = nullptr; }
-    Floats& operator=(Floats&& other) noexcept {
-        std::swap(data_, other.data_);
-        return *this;
-    }
-    ~Floats() { release(data_); }
-    float* data() const { return data_; }
-
-  private:
-    float* data_ = nullptr;
-};
-
 // A copy with zeros behind it.
 Floats padded(const float* from, int64_t count) {
     Floats out(rounded_up(count, GROUP));
