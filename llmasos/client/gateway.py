@@ -22,7 +22,7 @@ from llmasos.blocks.registry import ALIASES, resolve
 from llmasos.client.async_client import AsyncLLMasOS
 from llmasos.client.gateway_admission import Admission
 from llmasos.client.gateway_answer import Answer
-from llmasos.client.gateway_door import ID, KEY, Door
+from llmasos.client.gateway_door import ID, KEY, TRACE, Door
 from llmasos.client.gateway_keys import load_keys
 from llmasos.client.gateway_listen import Runner
 from llmasos.client.gateway_metrics import Metrics
@@ -32,7 +32,7 @@ from llmasos.client.gateway_watch import Watch
 from llmasos.client.generate import Generator
 from llmasos.client.openai_answers import CALL_BEGINS, Head
 from llmasos.client.openai_api import Options, parse_chat, parse_completion, parse_detokenize, parse_tokenize
-from llmasos.client.openai_fields import ApiError, Fields, parse_body
+from llmasos.client.openai_fields import ApiError, Fields, parse_body, shown
 from llmasos.config import GatewayConfig
 from llmasos.errors import MissingBlocksError, UsageError
 from llmasos.tasks import TaskSet
@@ -154,7 +154,7 @@ class Gateway:
             echo=echo,
             new_tokens=new_tokens,
             on_failover=self.watch.failed_over,
-            trace=request.headers.get("x-llmasos-trace", ""),
+            trace=_trace(request),
         )
         name = f"{request[ID]}.{head.id[-6:]}"
         async with self.admission.enter(request[KEY], texts.count):
@@ -174,6 +174,7 @@ class Gateway:
                 written = sum(live.tokens for live in texts.live.values())
                 self.metrics.tokens.labels(head.model, "prompt").inc(texts.tokens_used - written)
                 self.metrics.tokens.labels(head.model, "completion").inc(written)
+                self.metrics.cached.labels(head.model).inc(texts.cached_tokens)
 
     # --- models ------------------------------------------------------------------------------------------------------
 
@@ -303,6 +304,14 @@ async def _body(request: web.Request) -> Fields:
     return parse_body(await request.read())
 
 
+def _trace(request: web.Request) -> str:
+    """What the client wants to be told beside its texts."""
+    wanted = request.headers.get(TRACE, "")
+    if wanted not in ("", "0", "1", "route"):
+        raise ApiError(f"{TRACE} must be 1, route or 0, not {shown(wanted)}", param=TRACE)
+    return wanted
+
+
 def _unknown(name: str, usable: Sequence[str]) -> ApiError:
     there = f"there is {', '.join(usable)}" if usable else "no model has all of its blocks"
     return ApiError(f"the swarm serves no model {name!r}; {there}", param="model", status=404, code="model_not_found")
@@ -326,7 +335,7 @@ def _room(generator: Generator, prompt: Prompt, options: Options, field: str, de
         asked = f" and {wanted} more are asked for" if wanted is not None else ""
         raise ApiError(
             f"{generator.spec.name} has a context of {context} tokens; the {field} has {length}{asked}",
-            param=field,
+            param=field if length >= context else "max_tokens",
             code="context_length_exceeded",
         )
     return min(default, context - length) if wanted is None else wanted

@@ -128,12 +128,9 @@ class Handler:
             await stream.send(encode(Failed(code="refused", message=str(error), retry_after_s=1.0)))
             return
         session = PeerSession(key, request, stream, self._network, self._engine, prefix)
-        session.tell(
-            Opened(
-                kv_free_tokens=self._engine.scheduler.kv_free_tokens,
-                prefix_tokens=prefix.tokens if prefix is not None else 0,
-            )
-        )
+        prefix_tokens = prefix.tokens if prefix is not None else 0
+        session.tell(Opened(kv_free_tokens=self._engine.scheduler.kv_free_tokens, prefix_tokens=prefix_tokens))
+        self._watcher.found(prefix_tokens)
         self._sessions[request.session] = session
         try:
             await self._notify()

@@ -23,6 +23,9 @@ CHAT_TEMPLATE = (
     "{% if add_generation_prompt %}a{% endif %}"
 )
 TINY = "tiny"
+CHAT, COMPLETIONS = "/v1/chat/completions", "/v1/completions"
+HELLO = {"model": "tiny", "messages": [{"role": "user", "content": "hello"}], "max_tokens": 12, "seed": 3}
+GO_ON = {"model": "tiny", "prompt": "ab", "max_tokens": 9, "seed": 3}
 SPANS = ["0:2", "2:5"]
 
 
@@ -82,6 +85,14 @@ def read_events(raw: bytes) -> Stream:
             assert not stream.done
             stream.chunks.append(json.loads(event.removeprefix("data: ")))
     return stream
+
+
+def error_of(body: dict[str, Any]) -> dict[str, Any]:
+    """The error object, whose form never varies."""
+    assert list(body) == ["error"]
+    assert list(body["error"]) == ["message", "type", "param", "code"]
+    found: dict[str, Any] = body["error"]
+    return found
 
 
 @pytest.fixture(scope="session")
