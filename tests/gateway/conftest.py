@@ -126,7 +126,7 @@ async def serve(
     """Peers, a client and a gateway."""
     config = GatewayConfig(models=(source,) if source else (), **settings)
     async with torch_swarm(spec, spans, name=source, config=client_config) as (client, peers):
-        gateway = Gateway(client, config)
+        gateway = Gateway(client, config, client_config or ClientConfig())
         server = TestServer(gateway.app(), handler_cancellation=True)
         async with TestClient(server) as http:
             yield Served(gateway, client, peers, http)
@@ -142,7 +142,8 @@ async def tiny_gateway(tiny: ModelSpec) -> AsyncIterator[Served]:
 @pytest.fixture
 async def listening(tiny: ModelSpec, tiny_gateway: Served) -> AsyncIterator[str]:
     """The address of a gateway as `llmasos gateway` starts it."""
-    runner = await listen(tiny_gateway.client, GatewayConfig(port=0, models=(folder_of(tiny),)))
+    config = GatewayConfig(port=0, models=(folder_of(tiny),))
+    runner = await listen(tiny_gateway.client, config, ClientConfig())
     host, port = runner.addresses[0][:2]
     yield f"http://{host}:{port}"
     await runner.cleanup()

@@ -7,6 +7,7 @@ import torch
 
 from llmasos.blocks.registry import ModelSpec
 from llmasos.client.token_bytes import TokenBytes
+from llmasos.config import ClientConfig
 from tests.gateway.conftest import CHAT, COMPLETIONS, GO_ON, HELLO, Served, error_of, folder_of, serve
 
 
@@ -26,6 +27,19 @@ async def test_a_model_with_a_gap_is_not_offered(tiny: ModelSpec) -> None:
         error = error_of(await answer.json())
         assert error["code"] == "missing_blocks"
         assert "--blocks 2:3" in error["message"]
+
+
+async def test_a_model_in_other_numbers_is_not_offered(tiny: ModelSpec) -> None:
+    """A gateway for int8 over peers of float32: it has no model, and says how it would get one."""
+    async with serve(tiny, source=folder_of(tiny), client_config=ClientConfig(quantization="int8")) as served:
+        assert (await (await served.http.get("/v1/models")).json())["data"] == []
+        answer = await served.http.post(COMPLETIONS, json=GO_ON)
+        assert (answer.status, answer.headers["Retry-After"]) == (503, "5")
+        error = error_of(await answer.json())
+        assert error["code"] == "missing_blocks"
+        assert "0:5" in error["message"]
+        assert "not in float32 int8" in error["message"]
+        assert "--quantize int8" in error["message"]
 
 
 async def test_a_stream_says_what_the_answer_in_one_piece_says(tiny_gateway: Served) -> None:
