@@ -10,6 +10,7 @@ import itertools
 import logging
 from dataclasses import dataclass
 
+from llmasos.codec import CODECS
 from llmasos.config import ATTACH_TIMEOUT_S, SESSION_LEASE_S
 from llmasos.errors import ConnectionLostError, UsageError, short_id
 from llmasos.logs import about, session_label
@@ -129,7 +130,8 @@ class Handler:
             return
         session = PeerSession(key, request, stream, self._network, self._engine, prefix)
         prefix_tokens = prefix.tokens if prefix is not None else 0
-        session.tell(Opened(kv_free_tokens=self._engine.scheduler.kv_free_tokens, prefix_tokens=prefix_tokens))
+        kv_free_tokens = self._engine.scheduler.kv_free_tokens
+        session.tell(Opened(kv_free_tokens=kv_free_tokens, prefix_tokens=prefix_tokens, codecs=CODECS))
         self._watcher.found(prefix_tokens)
         self._sessions[request.session] = session
         try:
