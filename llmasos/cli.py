@@ -15,7 +15,8 @@ from llmasos.client.chat import add_chat, chat, tell_event
 from llmasos.config import ClientConfig, NetworkConfig
 from llmasos.console import add_numbers, parser, progress, run, say, set_up_logging, show, subcommand, tell, whole
 from llmasos.doctor import add_doctor, doctor
-from llmasos.errors import UsageError
+from llmasos.errors import UsageError, serve_command
+from llmasos.multiaddr import parse_multiaddr
 
 if TYPE_CHECKING:
     from llmasos.client.trace import Trace
@@ -83,9 +84,10 @@ async def status(args: Namespace) -> None:
         show(json.dumps(found, ensure_ascii=False))
         return
     if not found["models"]:
-        say(f"no peer serves blocks here; start one: python -m llmasos.peer --blocks 0:12 --join {args.join[0]}")
+        join = "MULTIADDR" if _is_gateway(args.join) else args.join[0]
+        say(f"no peer serves blocks here; start one: {serve_command('auto', 'smollm2', join)}")
     for model in found["models"]:
-        _show_model(model, args.join[0])
+        _show_model(model, "MULTIADDR" if _is_gateway(args.join) else args.join[0])
 
 
 async def models(args: Namespace) -> None:
@@ -132,6 +134,11 @@ async def _pull(args: Namespace) -> None:
 
 async def _look(join: list[str]) -> dict[str, Any]:
     """The object of `status --json`."""
+    if _is_gateway(join):
+        from llmasos.client.async_client import AsyncLLMasOS
+
+        async with AsyncLLMasOS(join) as client:
+            return await client.status()
     say("joining the swarm", style="dim")
     from llmasos.p2p import P2PNetwork
     from llmasos.routing.directory import Directory
@@ -149,7 +156,7 @@ def _show_model(model: dict[str, Any], join: str) -> None:
         verdict = "usable: every block has a peer"
     else:
         gaps = ", ".join(model["missing"])
-        command = f"python -m llmasos.peer --blocks {model['missing'][0]} --model {model['model']} --join {join}"
+        command = serve_command(model["missing"][0], model["model"], join)
         verdict = f"not usable: blocks {gaps} have no peer\n  {command}"
     say(f"{model['model']} is {verdict}", style="bold green" if model["covered"] else "bold red")
     head = ("peer", "name", "blocks", "state", "rows/s", "load", "kv free", "numbers", "version", "age")
@@ -263,11 +270,33 @@ def build_parser() -> ArgumentParser:
     return top
 
 
+THROUGH_GATEWAYS = ("generate", "status", "models")
+"""Commands that an http:// address will do for; the others have to be in the swarm themselves."""
+
+
+def _is_gateway(join: list[str]) -> bool:
+    return any(address.startswith(("http://", "https://")) for address in join)
+
+
+def _begin(args: Namespace) -> Coroutine[Any, Any, None]:
+    """Run a command, once its addresses can be ones: what is mistyped is told before anything is loaded."""
+    join: list[str] = getattr(args, "join", None) or []
+    if not _is_gateway(join):
+        for address in join:
+            parse_multiaddr(address)
+    elif args.command not in THROUGH_GATEWAYS:
+        raise UsageError(
+            f"llmasos {args.command} is part of the swarm itself: it wants the address of a peer, not of a gateway",
+            hint="--join MULTIADDR: llmasos gateway and llmasos up print one as they start",
+        )
+    return COMMANDS[args.command].run(args)
+
+
 def main() -> None:
     """The entry point."""
     args = build_parser().parse_args()
     set_up_logging(debug=args.debug, form=getattr(args, "log_format", "pretty"))
-    run(COMMANDS[args.command].run, args)
+    run(_begin, args)
 
 
 if __name__ == "__main__":

@@ -38,7 +38,8 @@ async def route(args: Namespace) -> None:
         view = directory.view
         checkpoint = view.checkpoint(args.model)
         if checkpoint is None:
-            raise MissingBlocksError(args.model, ["auto"], why="no peer announces this model")
+            error = MissingBlocksError(args.model, ["auto"], why="no peer announces this model")
+            raise error.wanting(args.dtype, args.quantization)
         await _measure(network, view.peers(args.model)[:MAX_PINGED], health)
         request = RouteRequest(
             model=args.model,
@@ -50,7 +51,10 @@ async def route(args: Namespace) -> None:
             dtype=args.dtype,
             quantization=args.quantization,
         )
-        explanation = explain(view, request, network.now(), random.Random(secrets.randbits(64)), health)
+        try:
+            explanation = explain(view, request, network.now(), random.Random(secrets.randbits(64)), health)
+        except MissingBlocksError as error:
+            raise error.wanting(args.dtype, args.quantization) from None
         found = as_json(view, args.model, explanation)
     if args.json:
         show(json.dumps(found, ensure_ascii=False))

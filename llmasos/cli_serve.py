@@ -2,13 +2,14 @@
 
 import asyncio
 import os
+import socket
 from argparse import ArgumentParser, ArgumentTypeError, Namespace
 from collections.abc import Coroutine
 from pathlib import Path
 from typing import Any
 
 from llmasos.config import ClientConfig, GatewayConfig
-from llmasos.console import add_log_format, add_numbers, say, show, stop_signal, whole
+from llmasos.console import add_log_format, add_numbers, cannot_listen, say, show, stop_signal, whole
 from llmasos.errors import LLMasOSError, UsageError
 from llmasos.local import LocalSwarm, split_evenly
 
@@ -74,6 +75,7 @@ def add_key(command: ArgumentParser) -> None:
 async def gateway(args: Namespace) -> None:
     """Join a swarm and serve it over HTTP until told to stop. stdout: the address."""
     stop = stop_signal()
+    _check_port(args.host, args.port)
     await _serve(args, args.join, tuple(args.model), stop)
     say("stopped")
 
@@ -81,6 +83,7 @@ async def gateway(args: Namespace) -> None:
 async def up(args: Namespace) -> None:
     """A bootstrap, peers and a gateway on this machine, until told to stop. stdout: the address of the gateway."""
     stop = stop_signal()
+    _check_port(args.host, args.port)
     say(f"reading the header of {args.model}")
     from llmasos.blocks.registry import resolve
 
@@ -91,6 +94,19 @@ async def up(args: Namespace) -> None:
             await _serve(args, [swarm.address], (args.model,), stop)
         say("stopping every process")
     say("stopped")
+
+
+def _check_port(host: str, port: int) -> None:
+    """Raises UsageError for a port that is taken, before seconds are spent on a swarm for it."""
+    try:
+        family, kind, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[
+            0
+        ]
+        with socket.socket(family, kind) as tried:
+            tried.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            tried.bind(address)
+    except OSError as error:
+        raise cannot_listen(host, port, error) from error
 
 
 async def _unless_stopped(work: Coroutine[Any, Any, Any], stop: asyncio.Event) -> bool:
@@ -122,7 +138,7 @@ async def _serve(args: Namespace, join: list[str], models: tuple[str, ...], stop
     )
     numbers = ClientConfig(dtype=args.dtype, quantization=args.quantization)
     async with AsyncLLMasOS(join, config=numbers) as client:
-        runner = await serve(client, config)
+        runner = await serve(client, config, numbers)
         try:
             host, port = runner.addresses[0][:2]
             url = f"http://{f'[{host}]' if ':' in host else host}:{port}"

@@ -1,9 +1,11 @@
 """How LLMasOS talks to people: stdout carries data, stderr carries talk, and an error says what to type next."""
 
 import asyncio
+import errno
 import logging
 import os
 import signal
+import socket
 import sys
 import time
 from argparse import SUPPRESS, ArgumentParser, ArgumentTypeError, Namespace, RawDescriptionHelpFormatter
@@ -175,6 +177,17 @@ def progress(what: str) -> Iterator[ProgressCallback]:
             say(f"{what}: {10 * tenth} %")
 
     yield report
+
+
+def cannot_listen(host: str, port: int, error: OSError) -> UsageError:
+    """For a port that is taken, or a host that is not here."""
+    if isinstance(error, socket.gaierror):
+        return UsageError(f"{host} is no address of this machine: {error.strerror}", hint="try --host 127.0.0.1")
+    why = os.strerror(error.errno) if error.errno else str(error)  # asyncio's own words would repeat the address
+    if error.errno != errno.EADDRINUSE:
+        return UsageError(f"cannot listen on {host} port {port}: {why}", hint="try --host 127.0.0.1, and --port 0")
+    hint = f"is another gateway running? try --port {port + 1 if port < 65_535 else 0}"
+    return UsageError(f"cannot listen on {host} port {port}: {why}", hint=hint)
 
 
 def add_numbers(command: ArgumentParser) -> None:

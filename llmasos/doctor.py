@@ -18,7 +18,7 @@ from llmasos import __version__
 from llmasos.cli_route import MAX_PINGED, round_trip_s
 from llmasos.config import NetworkConfig
 from llmasos.console import say, show, whole
-from llmasos.errors import LLMasOSError
+from llmasos.errors import LLMasOSError, serve_command
 from llmasos.multiaddr import parse_multiaddr
 
 if TYPE_CHECKING:
@@ -223,13 +223,13 @@ async def _swarm(join: list[str], model: str) -> list[Finding]:
         ahead = max((record.announced_at - now for record in directory.view.peers(model)), default=0.0)
     entry = next((entry for entry in served if entry["model"] == model), None)
     if entry is None:
-        command = f"python -m llmasos.peer --blocks auto --model {model} --join {join[0]}"
+        command = serve_command("auto", model, join[0])
         findings.append(Finding("coverage", "warn", f"nobody serves {model}", command))
         return findings
     if entry["covered"]:
         findings.append(Finding("coverage", "ok", f"every block of {model} has a peer"))
     else:
-        command = f"python -m llmasos.peer --blocks {entry['missing'][0]} --model {model} --join {join[0]}"
+        command = serve_command(entry["missing"][0], model, join[0])
         findings.append(
             Finding("coverage", "fail", f"blocks {', '.join(entry['missing'])} of {model} have no peer", command)
         )

@@ -21,7 +21,8 @@ Each error carries `message` (what happened, to whom), `hint` (the next command 
 """
 
 from collections.abc import Sequence
-from typing import ClassVar
+from shlex import quote
+from typing import ClassVar, Self
 
 
 class LLMasOSError(Exception):
@@ -85,12 +86,19 @@ class MissingBlocksError(SwarmError):
 
     def __init__(self, model: str, missing: Sequence[str], *, generated: str = "", why: str = "") -> None:
         gaps = ", ".join(missing)
-        serve = f"python -m llmasos.peer --blocks {missing[0]} --model {model} --join MULTIADDR" if missing else ""
         reason = f" ({why})" if why else ""
-        super().__init__(f"blocks {gaps} of {model} have no peer{reason}", hint=f"serve them: {serve}" if serve else "")
+        super().__init__(f"blocks {gaps} of {model} have no peer{reason}")
         self.model = model
         self.missing = list(missing)
         self.generated = generated
+        self.hint = f"serve them: {serve_command(missing[0], model)}" if missing else ""
+
+    def wanting(self, dtype: str | None, quantization: str | None) -> Self:
+        """The same for whom only peers with these numbers help: the hint says how to start one of them."""
+        if self.missing:
+            command = serve_command(self.missing[0], self.model, dtype=dtype, quantization=quantization)
+            self.hint = f"serve them: {command}"
+        return self
 
 
 class PeerError(LLMasOSError):
@@ -127,6 +135,15 @@ class PeerRefusedError(PeerError):
 
 class PeerFaultError(PeerError):
     """A peer broke the protocol or failed inside."""
+
+
+def serve_command(
+    blocks: str, model: str, join: str = "MULTIADDR", *, dtype: str | None = None, quantization: str | None = None
+) -> str:
+    """What to type to serve blocks. Strangers choose the names of models: one must not become a command by itself."""
+    numbers = f" --dtype {dtype}" if dtype not in (None, "float32") else ""
+    numbers += f" --quantize {quantization}" if quantization not in (None, "none") else ""
+    return f"python -m llmasos.peer --blocks {blocks} --model {quote(model)}{numbers} --join {join}"
 
 
 def short_id(peer: str) -> str:

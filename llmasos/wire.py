@@ -26,12 +26,19 @@ and on the stream that a hop opens to the next one:
 """
 
 from collections.abc import Sequence
-from math import prod
 from typing import Annotated, Literal
 
 import msgspec
 
-from llmasos.config import MAX_FRAME_BYTES, MAX_HIDDEN, MAX_PREFIX_PAGES, MAX_STEP_TOKENS, DType
+from llmasos.config import (
+    INT8_BLOCK,
+    MAX_FRAME_BYTES,
+    MAX_HIDDEN,
+    MAX_PREFIX_PAGES,
+    MAX_STEP_TOKENS,
+    Codec,
+    DType,
+)
 
 VERSION = 1
 PROTOCOL = f"llmasos/{VERSION}"
@@ -60,17 +67,30 @@ class FrameError(ValueError):
     """The bytes are not a message of this protocol."""
 
 
-class Tensor(msgspec.Struct, frozen=True):
-    """Activations of `(tokens, hidden)`, row-major, little-endian."""
+def row_bytes(hidden: int, dtype: DType, codec: Codec = "exact") -> int:
+    """What a row of `hidden` numbers weighs."""
+    match codec:
+        case "exact":
+            return hidden * ITEM_BYTES[dtype]
+        case "bfloat16":
+            return 2 * hidden
+        case "int8":
+            return hidden + 4 * -(-hidden // INT8_BLOCK)
+
+
+class Tensor(msgspec.Struct, frozen=True, omit_defaults=True):
+    """Activations of `(tokens, hidden)`, row-major, little-endian: numbers of `dtype`, packed as `codec` says."""
 
     dtype: DType
     shape: tuple[Rows, Width]
     data: memoryview
+    codec: Codec = "exact"
 
     def __post_init__(self) -> None:
-        expected = prod(self.shape) * ITEM_BYTES[self.dtype]
+        expected = self.tokens * row_bytes(self.hidden, self.dtype, self.codec)
         if self.data.nbytes != expected:
-            raise ValueError(f"a {self.dtype} tensor of {self.shape} has {expected} bytes, not {self.data.nbytes}")
+            kind = self.dtype if self.codec == "exact" else f"{self.codec}-packed {self.dtype}"
+            raise ValueError(f"a {kind} tensor of {self.shape} has {expected} bytes, not {self.data.nbytes}")
 
     @property
     def tokens(self) -> int:
@@ -82,8 +102,8 @@ class Tensor(msgspec.Struct, frozen=True):
 
     def rows(self, start: int, end: int) -> "Tensor":
         """The rows `[start, end)`, as a view."""
-        row_bytes = self.hidden * ITEM_BYTES[self.dtype]
-        return Tensor(self.dtype, (end - start, self.hidden), self.data[start * row_bytes : end * row_bytes])
+        each = row_bytes(self.hidden, self.dtype, self.codec)
+        return Tensor(self.dtype, (end - start, self.hidden), self.data[start * each : end * each], self.codec)
 
 
 def join_rows(parts: Sequence[Tensor]) -> Tensor:
@@ -92,7 +112,7 @@ def join_rows(parts: Sequence[Tensor]) -> Tensor:
         return parts[0]
     first = parts[0]
     data = b"".join(part.data for part in parts)
-    return Tensor(first.dtype, (sum(part.tokens for part in parts), first.hidden), memoryview(data))
+    return Tensor(first.dtype, (sum(part.tokens for part in parts), first.hidden), memoryview(data), first.codec)
 
 
 class Contact(msgspec.Struct, frozen=True):
@@ -121,6 +141,7 @@ class Open(Message, frozen=True, tag="open"):
     on this stream: the last `keep` rows, or all of them when the client is to `relay` them to the next hop itself.
     `prefix` names the pages that its prompt begins with, each by a key for all tokens up to its end.
     With `trace`, steps and results tell what each hop has spent on them.
+    The rows that the hop sends are packed by `codec`, those that it takes as they say themselves.
     """
 
     session: Id
@@ -134,17 +155,19 @@ class Open(Message, frozen=True, tag="open"):
     relay: bool = False
     trace: bool = False
     prefix: Annotated[tuple[PrefixKey, ...], msgspec.Meta(max_length=MAX_PREFIX_PAGES)] = ()
+    codec: Codec = "exact"
 
 
 class Opened(Message, frozen=True, tag="opened"):
     """The session is admitted. `kv_free_tokens` is the room left after it.
 
     The first `prefix_tokens` positions are cached already, and have been passed on in an earlier session: whole pages
-    of those that were named.
+    of those that were named. `codecs` are those that the peer reads and writes beside plain rows.
     """
 
     kv_free_tokens: Count
     prefix_tokens: Count = 0
+    codecs: Annotated[tuple[Id, ...], msgspec.Meta(max_length=16)] = ()
 
 
 class Attach(Message, frozen=True, tag="attach"):

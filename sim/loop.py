@@ -31,6 +31,52 @@ def run(main: Coroutine[Any, Any, T], *, start: float = 0.0) -> T:
         return runner.run(main)
 
 
+class _Handle(asyncio.Handle):
+    """A callback that is due. Millions are made, so this one asks nobody whether there is a debug mode."""
+
+    __slots__ = ()
+
+    def __init__(
+        self, callback: Callable[..., object], args: tuple[Any, ...], loop: Any, context: contextvars.Context | None
+    ) -> None:
+        self._context = contextvars.copy_context() if context is None else context
+        self._loop = loop
+        self._callback = callback
+        self._args = args
+        self._cancelled = False
+        self._repr = self._source_traceback = None
+
+
+class _Timer(asyncio.TimerHandle):
+    """The same for one that is set for later."""
+
+    __slots__ = ()
+
+    def __init__(
+        self,
+        when: float,
+        callback: Callable[..., object],
+        args: tuple[Any, ...],
+        loop: Any,
+        context: contextvars.Context | None,
+    ) -> None:
+        self._context = contextvars.copy_context() if context is None else context
+        self._loop = loop
+        self._callback = callback
+        self._args = args
+        self._cancelled = False
+        self._repr = self._source_traceback = None
+        self._when = when
+        self._scheduled = True
+
+    def cancel(self) -> None:
+        if not self._cancelled:
+            self._cancelled = True
+            if self._scheduled:
+                self._loop.cancelled_timers += 1
+            self._callback = self._args = None  # type: ignore[assignment]
+
+
 class VirtualLoop(asyncio.BaseEventLoop):
     """See the module. Replaces the turn of `BaseEventLoop` and its heap of timers, which Python 3.11 to 3.13 share.
 
@@ -45,7 +91,8 @@ class VirtualLoop(asyncio.BaseEventLoop):
         self._now = start
         self._ages = count()
         self._timers: list[tuple[float, int, asyncio.TimerHandle]] = []
-        self._cancelled_timers = 0
+        self.cancelled_timers = 0
+        """How many of those that are set have been cancelled since."""
         self.turns = 0
 
     def time(self) -> float:
@@ -60,10 +107,8 @@ class VirtualLoop(asyncio.BaseEventLoop):
         context: contextvars.Context | None = None,
     ) -> asyncio.TimerHandle:
         """Run `callback` when the clock reaches `when`, after every callback set earlier for the same moment."""
-        self._check_closed()  # type: ignore[attr-defined]
-        timer = asyncio.TimerHandle(when, callback, args, self, context)
+        timer = _Timer(when, callback, args, self, context)
         heapq.heappush(self._timers, (when, next(self._ages), timer))
-        timer._scheduled = True  # type: ignore[attr-defined]
         return timer
 
     def call_soon(
@@ -73,7 +118,7 @@ class VirtualLoop(asyncio.BaseEventLoop):
         context: contextvars.Context | None = None,
     ) -> asyncio.Handle:
         """Run `callback` in the next turn. No debug mode and no other threads here, and so nothing to ask first."""
-        handle = asyncio.Handle(callback, args, self, context)
+        handle = _Handle(callback, args, self, context)
         self._ready.append(handle)
         return handle
 
@@ -92,35 +137,49 @@ class VirtualLoop(asyncio.BaseEventLoop):
         return "\n".join(f"  {task.get_name()} waits in {where(task)}" for task in tasks)
 
     def _run_once(self) -> None:
-        """One turn: move time if nothing is ready, then run what is ready now, not what that makes ready."""
+        """Turns until the loop is stopped. A turn moves time if nothing is ready, then runs what is ready now, not what
+        that makes ready.
+        """
         ready, timers = self._ready, self._timers
-        self.turns += 1
-        if self._cancelled_timers > MANY_TIMERS and self._cancelled_timers > len(timers) // 2:
-            timers[:] = [entry for entry in timers if not entry[2].cancelled()]
-            heapq.heapify(timers)
-            self._cancelled_timers = 0
-        if not ready and not self._stopping:
-            while timers and timers[0][2].cancelled():
-                heapq.heappop(timers)
-                self._cancelled_timers -= 1
-            if not timers:
-                raise DeadlockError(f"at {self._now:.6f} s nothing is ready and no timer is set\n{self.waiting()}")
-            self._now = max(self._now, timers[0][0])
-        while timers and timers[0][0] <= self._now:
-            _, _, timer = heapq.heappop(timers)
-            timer._scheduled = False  # type: ignore[attr-defined]
-            if timer.cancelled():
-                self._cancelled_timers -= 1
-            else:
-                ready.append(timer)
-        for _ in range(len(ready)):
-            handle = ready.popleft()
-            if not handle.cancelled():
-                handle._run()
+        while True:
+            self.turns += 1
+            if self.cancelled_timers > MANY_TIMERS and self.cancelled_timers > len(timers) // 2:
+                timers[:] = [entry for entry in timers if not entry[2]._cancelled]
+                heapq.heapify(timers)
+                self.cancelled_timers = 0
+            if not ready and not self._stopping:
+                self._move_time()
+            now = self._now
+            while timers and timers[0][0] <= now:
+                timer: Any = heapq.heappop(timers)[2]
+                timer._scheduled = False
+                if timer._cancelled:
+                    self.cancelled_timers -= 1
+                else:
+                    ready.append(timer)
+            for _ in range(len(ready)):
+                handle: Any = ready.popleft()
+                if handle._cancelled:
+                    continue
+                try:
+                    handle._context.run(handle._callback, *handle._args)
+                except (SystemExit, KeyboardInterrupt):
+                    raise
+                except BaseException as error:  # noqa: BLE001 - as asyncio does: the loop goes on
+                    problem = f"Exception in callback {handle._callback!r}"
+                    self.call_exception_handler({"message": problem, "exception": error, "handle": handle})
+            if self._stopping:
+                return
 
-    def _timer_handle_cancelled(self, handle: asyncio.TimerHandle) -> None:
-        if handle._scheduled:  # type: ignore[attr-defined]
-            self._cancelled_timers += 1
+    def _move_time(self) -> None:
+        """On to the next timer that has not been cancelled."""
+        timers = self._timers
+        while timers and timers[0][2]._cancelled:
+            heapq.heappop(timers)
+            self.cancelled_timers -= 1
+        if not timers:
+            raise DeadlockError(f"at {self._now:.6f} s nothing is ready and no timer is set\n{self.waiting()}")
+        self._now = max(self._now, timers[0][0])
 
     def run_in_executor(self, executor: Any, func: Callable[[Unpack[Ts]], T], *args: *Ts) -> "asyncio.Future[T]":
         """Refused: what a thread does takes real time, and its end could not be replayed."""

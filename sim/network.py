@@ -213,6 +213,7 @@ class SimNetwork:
         self._tasks = TaskSet()
         self._down: str | None = None
         self._last_expiry: dict[str, float] = {}
+        self.loop = asyncio.get_running_loop()
 
     @property
     def peer_id(self) -> PeerId:
@@ -228,7 +229,7 @@ class SimNetwork:
         return f"{self._contact.addresses[0]}/p2p/{self._peer_id}" if self._contact.addresses else ""
 
     def now(self) -> float:
-        return asyncio.get_running_loop().time() + self.skew_s
+        return self.loop.time() + self.skew_s
 
     async def join(self, addresses: Sequence[str]) -> None:
         self._check()

@@ -1,8 +1,8 @@
 """The simulated side of the Runner seam: a cost model for time, and arithmetic that notices every mistake.
 
-A row is one number of 61 bits. Block `b` turns the row `x` at position `p` into
+A row is one number of 60 bits. Block `b` turns the row `x` at position `p` into
 
-    y(b, p) = (A * y(b, p - 1) + B * x + C * (b + 1) + D * (p + 1)) mod (2^61 - 1)
+    y(b, p) = (A * (y(b, p - 1) + x) + B * (b + 1) + C * (p + 1)) mod 2^60
 
 so that each output depends on every row before it, on the block and on the position: an activation that is lost,
 repeated, reordered or sent to the wrong block makes a wrong number, and with it a wrong token, for ever after. The
@@ -12,6 +12,7 @@ numbers do not depend on how blocks are split over peers, nor on how rows are cu
 import asyncio
 from array import array
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from itertools import pairwise
 
 from llmasos.config import DType
@@ -19,10 +20,22 @@ from llmasos.peer.runner import Chunk, Fault, Speed
 from llmasos.span import Span
 from llmasos.wire import Tensor
 
-PRIME = 2**61 - 1
-A, B, C, D = 6_364_136_223_846_793_005 % PRIME, 1_442_695_040_888_963_407 % PRIME, 2_862_933_555_777_941_757 % PRIME, 3
+NUMBERS = 2**60
+"""Rows are numbers below this."""
+A, B, C = 6_364_136_223_846_793_005 % NUMBERS, 2_862_933_555_777_941_757 % NUMBERS, 3  # odd, so that no bit is lost
+_LOW_BITS = NUMBERS - 1  # a power of two: to cut off bits is three times as fast as to divide
 HIDDEN = 2  # two float32: the eight bytes of a number
 ROW_BYTES = 8
+
+
+@dataclass(slots=True)
+class _Cache:
+    """What one session has cached."""
+
+    terms: list[int]
+    """`B * (b + 1)` of each block."""
+    outputs: "list[array[int]]" = field(default_factory=list)
+    """By position: what each block made there."""
 
 
 class SimRunner:
@@ -37,7 +50,7 @@ class SimRunner:
         self._span = span
         self._speed = speed
         self._after_pass = after_pass
-        self._caches: dict[str, dict[int, array[int]]] = {}  # session -> block -> outputs by position
+        self._caches: dict[str, _Cache] = {}  # by session
 
     @property
     def span(self) -> Span:
@@ -70,7 +83,8 @@ class SimRunner:
 
     def fork(self, source: str, target: str, tokens: int) -> None:
         """See `Runner.fork`."""
-        self._caches[target] = {block: outputs[:tokens] for block, outputs in self._caches[source].items()}
+        cache = self._caches[source]
+        self._caches[target] = _Cache(cache.terms, cache.outputs[:tokens])
 
     def release(self, session: str) -> None:
         """See `Runner.release`."""
@@ -94,53 +108,43 @@ class SimRunner:
         hidden = chunk.hidden
         if (hidden.dtype, hidden.hidden) != (self.dtype, HIDDEN):
             return Fault(f"expected float32 rows of {HIDDEN}, got {hidden.dtype} rows of {hidden.hidden}", sender=True)
-        caches = self._caches.get(chunk.session)
-        if caches is None:
-            caches = self._caches[chunk.session] = {block: array("Q") for block in chunk.span.blocks()}
-        cached = len(caches[chunk.span.start])
-        if chunk.position > cached:
-            return Fault(f"rows at position {chunk.position}, but {cached} are cached", sender=True)
+        cache = self._caches.get(chunk.session)
+        if cache is None:
+            cache = self._caches[chunk.session] = _Cache(terms_of(chunk.span))
+        outputs = cache.outputs
+        if chunk.position > len(outputs):
+            return Fault(f"rows at position {chunk.position}, but {len(outputs)} are cached", sender=True)
         rows = to_numbers(hidden)
-        if any(row >= PRIME for row in rows):
+        if any(row >= NUMBERS for row in rows):
             return Fault("the activations hold numbers that are none", sender=True)
-        if cached > chunk.position:
-            for block in chunk.span.blocks():
-                del caches[block][chunk.position :]
-        if len(rows) == 1:  # decoding: most of what a simulation computes
-            rows = [run_row(caches, chunk.span, chunk.position, rows[0])]
-        else:
-            for block in chunk.span.blocks():
-                rows = run_block(block, caches[block], rows)
-        return from_numbers(rows)
+        del outputs[chunk.position :]
+        before: Sequence[int] = outputs[-1] if outputs else [0] * len(cache.terms)
+        for row in rows:
+            made = run_row(before, cache.terms, row, len(outputs))
+            outputs.append(array("Q", made))
+            before = made
+        return from_numbers([made[-1] for made in outputs[chunk.position :]])
 
 
-def run_block(block: int, cache: "array[int]", rows: Sequence[int]) -> list[int]:
-    """The outputs of one block for `rows` behind what `cache` holds; appends them to it."""
-    before = cache[-1] if cache else 0
-    outputs = []
-    for position, row in enumerate(rows, start=len(cache)):
-        before = (A * before + B * row + C * (block + 1) + D * (position + 1)) % PRIME
-        outputs.append(before)
-    cache.extend(outputs)
-    return outputs
+def run_row(before: Sequence[int], terms: Sequence[int], row: int, position: int) -> list[int]:
+    """What each of some blocks makes of `row`, given what it made of the row `before` this one."""
+    due = C * (position + 1)
+    made = []
+    for last, term in zip(before, terms, strict=True):
+        row = (A * (last + row) + term + due) & _LOW_BITS
+        made.append(row)
+    return made
 
 
-def run_row(caches: "dict[int, array[int]]", span: Span, position: int, row: int) -> int:
-    """The same for a single row at `position`, through all blocks of `span`."""
-    due = D * (position + 1)
-    for block in range(span.start, span.end):
-        cache = caches[block]
-        row = (A * (cache[-1] if cache else 0) + B * row + C * (block + 1) + due) % PRIME
-        cache.append(row)
-    return row
+def terms_of(span: Span) -> list[int]:
+    """What the blocks of a span add to each row."""
+    return [B * (block + 1) for block in span.blocks()]
 
 
 def reference(blocks: int, rows: Sequence[int]) -> list[int]:
     """What a single machine makes of `rows`, with no cache and no network."""
-    outputs = list(rows)
-    for block in range(blocks):
-        outputs = run_block(block, array("Q"), outputs)
-    return outputs
+    machine = Reference(blocks)
+    return [machine.feed([row]) for row in rows]
 
 
 class Reference:
@@ -148,18 +152,15 @@ class Reference:
 
     def __init__(self, blocks: int) -> None:
         self.length = 0
+        self._terms = terms_of(Span(0, blocks))
         self._last = [0] * blocks  # the output of each block at the position before
 
     def feed(self, rows: Sequence[int]) -> int:
         """The output of the last block for the last of `rows`."""
-        row = 0
-        last = self._last
         for row in rows:
+            self._last = run_row(self._last, self._terms, row, self.length)
             self.length += 1
-            due = D * self.length
-            for block, before in enumerate(last):
-                last[block] = row = (A * before + B * row + C * (block + 1) + due) % PRIME
-        return row
+        return self._last[-1] if rows else 0
 
 
 def to_numbers(tensor: Tensor) -> list[int]:

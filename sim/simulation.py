@@ -13,6 +13,7 @@ from functools import partial
 from statistics import fmean
 
 from llmasos.config import SESSION_LEASE_S, PeerConfig
+from llmasos.span import Span
 from sim.baselines import flow_rows_per_s, make_policy
 from sim.invariants import ErrorWatch, Invariants, ViolationError
 from sim.loop import VirtualLoop
@@ -135,6 +136,8 @@ class _Run:
         self._began: float | None = None
         self._ended: float | None = None
         self._bounds: list[float] = []
+        self._peers: list[tuple[Span, float]] = []  # span and block-rows a second of those that are there, …
+        self._rows_per_s = 0.0  # … and the most rows a second that they could carry
         self._report = Report(
             scenario=scenario.name,
             title=scenario.title,
@@ -220,13 +223,15 @@ class _Run:
     def _bound_tokens_per_s(self) -> float:
         """What the peers that are there now could carry at most, in the largest batches that the clients could fill."""
         clients = self._scenario.clients.count + max((crowd.clients for crowd in self._scenario.crowds), default=0)
-        peers = []
-        for member in self._population.members:
-            if member.state == "online" and member.serves is not None:
-                speed = member.speed
-                rows = max(1, min(clients * 2, PeerConfig().max_batch_tokens))  # of one pass, prompts included
-                peers.append((member.serves, rows / (speed.first_row_s + (rows - 1) * speed.row_s)))
-        rows_per_s = flow_rows_per_s(peers, self._scenario.model.blocks)
+        rows = max(1, min(clients * 2, self._cluster.config.max_batch_tokens))  # of one pass, prompts included
+        peers = [
+            (member.serves, rows / (member.speed.first_row_s + (rows - 1) * member.speed.row_s))
+            for member in self._population.members
+            if member.state == "online" and member.serves is not None
+        ]
+        if peers != self._peers:  # else nobody has come or gone since the last look
+            self._peers, self._rows_per_s = peers, flow_rows_per_s(peers, self._scenario.model.blocks)
+        rows_per_s = self._rows_per_s
         measured = self._workload.measured
         rows = measured.tokens + measured.prompt_tokens
         return rows_per_s * measured.tokens / rows if rows else rows_per_s

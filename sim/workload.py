@@ -18,7 +18,7 @@ from sim.invariants import Invariants
 from sim.network import peer_of
 from sim.population import Population
 from sim.regions import Place
-from sim.runner import PRIME, Reference, from_numbers, to_numbers
+from sim.runner import NUMBERS, Reference, from_numbers, to_numbers
 from sim.scenario import Crowd, Scenario
 from sim.swarm import SimClient, SimCluster
 
@@ -170,7 +170,7 @@ class Workload:
         gateway = self.gateways[index % len(self.gateways)]
         await asyncio.sleep(delay_s + clients.pause_s * rng.random())
         while self._loop.time() < until:
-            prompt = [rng.randrange(PRIME) for _ in range(rng.randint(*clients.prompt_tokens))]
+            prompt = [rng.randrange(NUMBERS) for _ in range(rng.randint(*clients.prompt_tokens))]
             await self._request(gateway, f"client {index}", prompt, rng.randint(*clients.new_tokens), rng)
             await asyncio.sleep(rng.expovariate(1 / clients.pause_s) if clients.pause_s else 0.0)
 

@@ -163,6 +163,7 @@ def test_the_version_goes_to_stdout() -> None:
         ([*LLMASOS, "dance"], "invalid choice"),
         ([*LLMASOS, "status"], "--join"),
         ([*LLMASOS, "status", "--join", "127.0.0.1:4001"], "is not the multiaddr of a peer"),
+        ([*LLMASOS, "chat", "--join", "http://127.0.0.1:8000"], "not of a gateway"),
         ([*LLMASOS, "generate", "Hello", "--join", "x", "--max-new-tokens", "0"], "at least 1"),
         ([*LLMASOS, "generate", "Hello", "--join", "x", "--temperature", "warm"], "invalid float"),
         (["-m", "sim", "local", "--peers", "0"], "at least 1"),
@@ -192,6 +193,35 @@ def test_a_prompt_that_is_not_text() -> None:
     assert "byte 3" in done.stderr
 
 
+@pytest.mark.parametrize("arguments", [["up"], ["gateway", "--join", NOBODY.format(port=9)]], ids=" ".join)
+def test_a_port_that_is_taken_is_told_before_a_swarm_is_started_for_it(arguments: list[str]) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        done = command(*LLMASOS, *arguments, "--port", str(port))
+    assert (done.returncode, done.stdout) == (2, "")
+    first, hint = done.stderr.splitlines()
+    assert first == f"error: cannot listen on 127.0.0.1 port {port}: Address already in use"
+    assert f"--port {port + 1}" in hint
+
+
+@pytest.mark.parametrize("host", ["no-such-host.invalid", "192.0.2.1"])
+def test_a_host_that_is_not_here_is_told_as_well(host: str) -> None:
+    done = command(*LLMASOS, "up", "--host", host)
+    assert (done.returncode, done.stdout) == (2, "")
+    first, hint = done.stderr.splitlines()
+    assert host in first
+    assert "--host 127.0.0.1" in hint
+
+
+@pytest.mark.parametrize("name", ["generate", "chat", "status", "route", "gateway", "models", "doctor"])
+def test_a_mistyped_address_is_told_before_anything_is_loaded(name: str) -> None:
+    words = ["Hello"] if name == "generate" else []
+    done = command("-X", "importtime", *LLMASOS, name, *words, "--join", "127.0.0.1:4001")
+    assert done.returncode == 2
+    assert "is not the multiaddr of a peer" in done.stderr
+    assert not re.search(r"\| +(torch|transformers|hivemind)$", done.stderr, re.MULTILINE)
+
+
 # --- a swarm without peers ------------------------------------------------------------------------------------------
 
 
@@ -207,7 +237,7 @@ def test_an_empty_swarm_has_no_models() -> None:
         assert (done.returncode, json.loads(done.stdout)) == (0, {"models": []})
         shown = command(*LLMASOS, "status", "--join", address)
         assert (shown.returncode, shown.stdout) == (0, "")
-        assert f"python -m llmasos.peer --blocks 0:12 --join {address}" in shown.stderr
+        assert f"python -m llmasos.peer --blocks auto --model smollm2 --join {address}" in shown.stderr
     finally:
         process.terminate()
         rest, talk = process.communicate(timeout=30)

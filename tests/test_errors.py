@@ -2,6 +2,7 @@
 
 import inspect
 import re
+import shlex
 
 import pytest
 
@@ -78,6 +79,20 @@ def test_missing_blocks_name_the_gaps_and_the_command_that_fills_them() -> None:
     assert "python -m llmasos.peer --blocks 4:7 --model smollm2 --join" in error.hint
     assert error.missing == ["4:7", "20:30"]
     assert error.generated == "The world"
+
+
+def test_who_wants_other_numbers_is_told_how_to_serve_those() -> None:
+    error = MissingBlocksError("smollm2", ["4:7"], why="3 serving float32")
+    assert "--quantize int8 --join" in error.wanting("float32", "int8").hint
+    assert "--dtype bfloat16 --join" in error.wanting("bfloat16", "none").hint
+    assert error.wanting("float32", "none").hint == MissingBlocksError("smollm2", ["4:7"]).hint
+
+
+@pytest.mark.parametrize("name", ["$(reboot)", "m; reboot #", "it's", "a b"])
+def test_the_name_of_a_model_is_one_word_of_the_command(name: str) -> None:
+    words = shlex.split(MissingBlocksError(name, ["4:7"]).hint.removeprefix("serve them: "))
+    assert words[words.index("--model") + 1] == name
+    assert len(words) == len(shlex.split(MissingBlocksError("m", ["4:7"]).hint)) - len(["serve", "them"])
 
 
 def test_missing_blocks_that_nobody_can_name() -> None:

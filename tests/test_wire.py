@@ -7,7 +7,8 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from llmasos.config import MAX_FRAME_BYTES, MAX_HIDDEN, MAX_STEP_TOKENS
+from llmasos.codec import CODECS
+from llmasos.config import INT8_BLOCK, MAX_FRAME_BYTES, MAX_HIDDEN, MAX_STEP_TOKENS
 from llmasos.wire import (
     ITEM_BYTES,
     MAX_MESSAGE_CHARS,
@@ -33,13 +34,14 @@ from llmasos.wire import (
     decode,
     encode,
     join_rows,
+    row_bytes,
 )
 
 
-def rows(tokens: int, hidden: int = 3, dtype: str = "float32", first: int = 0) -> Tensor:
+def rows(tokens: int, hidden: int = 3, dtype: str = "float32", first: int = 0, codec: str = "exact") -> Tensor:
     """A tensor of which every byte is known; no two rows of it are alike."""
-    size = tokens * hidden * ITEM_BYTES[dtype]
-    return Tensor(dtype, (tokens, hidden), memoryview(bytes((first + n) % 251 for n in range(size))))
+    size = tokens * row_bytes(hidden, dtype, codec)
+    return Tensor(dtype, (tokens, hidden), memoryview(bytes((first + n) % 251 for n in range(size))), codec)
 
 
 def same(left: object, right: object) -> bool:
@@ -58,7 +60,12 @@ next_hops = st.none() | st.builds(NextHop, contact=contacts, session=ids)
 trails = st.just(msgspec.UNSET) | st.lists(st.tuples(counts, counts), max_size=5).map(tuple)
 sides = {"upstream": st.none() | ids, "downstream": next_hops, "relay": st.booleans()}
 tensors = st.builds(
-    rows, st.integers(0, 7), st.integers(1, 5), st.sampled_from(sorted(ITEM_BYTES)), st.integers(0, 250)
+    rows,
+    st.integers(0, 7),
+    st.integers(1, 5),
+    st.sampled_from(sorted(ITEM_BYTES)),
+    st.integers(0, 250),
+    st.sampled_from(CODECS),
 )
 by_type: dict[type, st.SearchStrategy[AnyMessage]] = {
     Open: st.builds(
@@ -70,9 +77,10 @@ by_type: dict[type, st.SearchStrategy[AnyMessage]] = {
         end=indexes,
         tokens=counts,
         trace=st.booleans(),
+        codec=st.sampled_from(CODECS),
         **sides,
     ),
-    Opened: st.builds(Opened, kv_free_tokens=counts),
+    Opened: st.builds(Opened, kv_free_tokens=counts, codecs=st.lists(ids, max_size=16).map(tuple)),
     Attach: st.builds(Attach, session=ids),
     Step: st.builds(Step, step=counts, position=counts, keep=counts, hidden=tensors, replay=counts, spent=trails),
     Result: st.builds(Result, step=counts, hidden=tensors, spent=trails),
@@ -101,6 +109,16 @@ by_type: dict[type, st.SearchStrategy[AnyMessage]] = {
     Close: st.just(Close()),
 }
 messages = st.one_of(by_type.values())
+
+
+def test_plain_rows_are_sent_as_they_were_before_there_were_codecs() -> None:
+    assert b"codec" not in encode(Result(step=3, hidden=rows(1)))
+
+
+@pytest.mark.parametrize(("codec", "hidden", "expected"), [("bfloat16", 65, 130), ("int8", 64, 68), ("int8", 65, 73)])
+def test_what_packed_rows_weigh(codec: str, hidden: int, expected: int) -> None:
+    assert INT8_BLOCK == 64
+    assert row_bytes(hidden, "float32", codec) == rows(1, hidden, codec=codec).data.nbytes == expected
 
 
 @given(messages)
@@ -208,6 +226,8 @@ def test_a_tensor_is_taken() -> None:
         (step_with(data=bytes(11)), "12 bytes, not 11"),
         (step_with(data="text"), "data"),
         (step_with(dtype="float64"), "float64"),
+        (step_with(codec="int4"), "int4"),
+        (step_with(codec="int8"), "7 bytes, not 12"),
         (step_with(shape=[1, 0], data=b""), "shape"),
         (step_with(shape=[-1, 3]), "shape"),
         (step_with(shape=[3]), "shape"),
@@ -268,17 +288,18 @@ def test_a_decoded_tensor_views_its_frame() -> None:
 
 @given(st.integers(0, 9), st.data())
 def test_rows_are_a_view_of_the_right_bytes(tokens: int, data: st.DataObject) -> None:
-    whole = rows(tokens, hidden=3, dtype="bfloat16")
+    codec, row = data.draw(st.sampled_from([("exact", 6), ("int8", 7)]))
+    whole = rows(tokens, hidden=3, dtype="bfloat16", codec=codec)
     start = data.draw(st.integers(0, tokens))
     end = data.draw(st.integers(start, tokens))
     part = whole.rows(start, end)
-    assert (part.tokens, part.hidden, part.dtype) == (end - start, 3, "bfloat16")
-    assert bytes(part.data) == bytes(whole.data)[start * 6 : end * 6]
+    assert (part.tokens, part.hidden, part.dtype, part.codec) == (end - start, 3, "bfloat16", codec)
+    assert bytes(part.data) == bytes(whole.data)[start * row : end * row]
 
 
 @given(st.integers(1, 12), st.data())
 def test_joining_undoes_cutting(tokens: int, data: st.DataObject) -> None:
-    whole = rows(tokens)
+    whole = rows(tokens, codec=data.draw(st.sampled_from(CODECS)))
     cuts = sorted({0, tokens, *data.draw(st.lists(st.integers(0, tokens), max_size=4))})
     parts = [whole.rows(start, end) for start, end in pairwise(cuts)]
     assert same(join_rows(parts), whole)

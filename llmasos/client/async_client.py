@@ -25,7 +25,7 @@ from llmasos.p2p import P2PNetwork
 from llmasos.routing.directory import Directory
 from llmasos.routing.planner import RouteRequest
 from llmasos.routing.view import status
-from llmasos.wire import ITEM_BYTES
+from llmasos.wire import row_bytes
 
 DEFAULT_MODEL = "smollm2"
 
@@ -335,7 +335,7 @@ class AsyncLLMasOS:
             prompt_tokens=max(kv_tokens - new_tokens, 1),
             new_tokens=new_tokens,
             kv_tokens=kv_tokens,
-            row_bytes=spec.hidden_size * ITEM_BYTES[self._config.dtype],
+            row_bytes=row_bytes(spec.hidden_size, self._config.dtype, self._config.codec),
             dtype=self._config.dtype,
             quantization=self._config.quantization,
         )

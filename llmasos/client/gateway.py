@@ -22,7 +22,7 @@ from llmasos.blocks.registry import ALIASES, resolve
 from llmasos.client.async_client import AsyncLLMasOS
 from llmasos.client.gateway_admission import Admission
 from llmasos.client.gateway_answer import Answer
-from llmasos.client.gateway_door import ID, KEY, Door
+from llmasos.client.gateway_door import ID, KEY, TRACE, Door
 from llmasos.client.gateway_keys import load_keys
 from llmasos.client.gateway_listen import Runner
 from llmasos.client.gateway_metrics import Metrics
@@ -32,9 +32,11 @@ from llmasos.client.gateway_watch import Watch
 from llmasos.client.generate import Generator
 from llmasos.client.openai_answers import CALL_BEGINS, Head
 from llmasos.client.openai_api import Options, parse_chat, parse_completion, parse_detokenize, parse_tokenize
-from llmasos.client.openai_fields import ApiError, Fields, parse_body
-from llmasos.config import GatewayConfig
+from llmasos.client.openai_fields import ApiError, Fields, parse_body, shown
+from llmasos.config import ClientConfig, GatewayConfig
+from llmasos.console import cannot_listen
 from llmasos.errors import MissingBlocksError, UsageError
+from llmasos.span import Span, gaps
 from llmasos.tasks import TaskSet
 
 log = logging.getLogger(__name__)
@@ -55,8 +57,10 @@ PAGE_HEADERS = {
 class Gateway:
     """One gateway over a client that has joined. `app` is the application that aiohttp serves."""
 
-    def __init__(self, client: AsyncLLMasOS, config: GatewayConfig) -> None:
+    def __init__(self, client: AsyncLLMasOS, config: GatewayConfig, numbers: ClientConfig) -> None:
+        """`numbers` are those that the client asks for: peers with others are of no use here."""
         self.metrics = Metrics()
+        self._numbers = numbers
         self.admission = Admission(
             config.max_running,
             config.max_waiting,
@@ -154,7 +158,7 @@ class Gateway:
             echo=echo,
             new_tokens=new_tokens,
             on_failover=self.watch.failed_over,
-            trace=request.headers.get("x-llmasos-trace", ""),
+            trace=_trace(request),
         )
         name = f"{request[ID]}.{head.id[-6:]}"
         async with self.admission.enter(request[KEY], texts.count):
@@ -174,6 +178,7 @@ class Gateway:
                 written = sum(live.tokens for live in texts.live.values())
                 self.metrics.tokens.labels(head.model, "prompt").inc(texts.tokens_used - written)
                 self.metrics.tokens.labels(head.model, "completion").inc(written)
+                self.metrics.cached.labels(head.model).inc(texts.cached_tokens)
 
     # --- models ------------------------------------------------------------------------------------------------------
 
@@ -193,9 +198,19 @@ class Gateway:
     async def _usable(self, request: web.Request) -> list[str]:
         """The models whose blocks all have a peer, that this gateway can load, and that the key may use."""
         found = await self.watch.status(self._config.status_age_s)
-        names = [model["model"] for model in found["models"] if model["covered"]]
+        names = [model["model"] for model in found["models"] if not self._missing(model)]
         allowed = request[KEY].models
         return [name for name in names if self._source(name) and (not allowed or name in allowed)]
+
+    def _missing(self, model: dict[str, Any]) -> list[str]:
+        """The blocks of a model that no peer serves in the numbers that are asked for here."""
+        numbers = (self._numbers.dtype, self._numbers.quantization)
+        usable = [
+            Span.parse(peer["blocks"])
+            for peer in model["peers"]
+            if peer["state"] == "online" and (peer["dtype"], peer["quantization"]) == numbers
+        ]
+        return [str(gap) for gap in gaps(usable, model["blocks"])] if model["blocks"] else ["auto"]
 
     def _source(self, name: str) -> str:
         """What to load a model of the swarm from; empty for a name that means nothing here."""
@@ -211,9 +226,15 @@ class Gateway:
             allowed = request[KEY].models
             for model in (await self.watch.status(self._config.status_age_s))["models"]:
                 if model["model"] == name and self._source(name) and (not allowed or name in allowed):
-                    raise MissingBlocksError(name, model["missing"])
+                    raise self._why(name, model)
             raise _unknown(name, usable)
         return await self._client.generator(self._source(name))
+
+    def _why(self, name: str, model: dict[str, Any]) -> MissingBlocksError:
+        dtype, quantization = self._numbers.dtype, self._numbers.quantization
+        wanted = dtype if quantization == "none" else f"{dtype} {quantization}"
+        why = "" if model["missing"] else f"others have, but not in {wanted}"
+        return MissingBlocksError(name, self._missing(model), why=why).wanting(dtype, quantization)
 
     async def _generator_or_only(self, request: web.Request, name: str | None) -> Generator:
         """The same; without a name, of the first model there is."""
@@ -281,18 +302,18 @@ class Gateway:
         return web.FileResponse(path, headers=PAGE_HEADERS | self._door.headers(request))
 
 
-async def serve(client: AsyncLLMasOS, config: GatewayConfig) -> web.AppRunner:
-    """Listen. The caller ends it with `cleanup()`. Raises UsageError for a port that is taken."""
-    runner = Runner(Gateway(client, config).app())
+async def serve(client: AsyncLLMasOS, config: GatewayConfig, numbers: ClientConfig) -> web.AppRunner:
+    """Listen; the caller ends it with `cleanup()`. Raises UsageError for a port that is taken.
+
+    `numbers` are those that the client asks for.
+    """
+    runner = Runner(Gateway(client, config, numbers).app())
     await runner.setup()
     try:
         await web.TCPSite(runner, config.host, config.port).start()
     except OSError as error:
         await runner.cleanup()
-        raise UsageError(
-            f"cannot listen on {config.host} port {config.port}: {error.strerror}",
-            hint=f"is another gateway running? try --port {config.port + 1}",
-        ) from error
+        raise cannot_listen(config.host, config.port, error) from error
     return runner
 
 
@@ -301,6 +322,14 @@ async def _body(request: web.Request) -> Fields:
         # Also what keeps pages of strangers out: a browser asks before it sends JSON to another origin.
         raise ApiError("send the header Content-Type: application/json", status=415, code="unsupported_media_type")
     return parse_body(await request.read())
+
+
+def _trace(request: web.Request) -> str:
+    """What the client wants to be told beside its texts."""
+    wanted = request.headers.get(TRACE, "")
+    if wanted not in ("", "0", "1", "route"):
+        raise ApiError(f"{TRACE} must be 1, route or 0, not {shown(wanted)}", param=TRACE)
+    return wanted
 
 
 def _unknown(name: str, usable: Sequence[str]) -> ApiError:
@@ -326,7 +355,7 @@ def _room(generator: Generator, prompt: Prompt, options: Options, field: str, de
         asked = f" and {wanted} more are asked for" if wanted is not None else ""
         raise ApiError(
             f"{generator.spec.name} has a context of {context} tokens; the {field} has {length}{asked}",
-            param=field,
+            param=field if length >= context else "max_tokens",
             code="context_length_exceeded",
         )
     return min(default, context - length) if wanted is None else wanted

@@ -218,8 +218,9 @@ class Answer:
             told["llmasos_trace"] = [entry.trace for entry in progress]
         return told
 
-    def _usage(self) -> dict[str, int]:
-        return usage(sum(len(prompt.ids) for prompt in self._texts.prompts), self._completion_tokens)
+    def _usage(self) -> dict[str, Any]:
+        prompt_tokens = sum(len(prompt.ids) for prompt in self._texts.prompts)
+        return usage(prompt_tokens, self._completion_tokens, self._texts.cached_tokens)
 
 
 def _data(body: dict[str, Any]) -> str:

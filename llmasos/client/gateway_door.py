@@ -29,6 +29,7 @@ OPEN = ("/", "/health", "/openapi.json", "/web/")
 """What needs no key: the page itself, which shows nothing without one, and what machines ask to see if we live."""
 SWARM = ("/metrics", "/api/")
 LOCAL_NAMES = ("localhost",)
+TRACE = "x-llmasos-trace"
 
 
 class Door:
@@ -89,7 +90,7 @@ class Door:
         if origin := self._allowed_origin(request):
             found |= {
                 "Access-Control-Allow-Origin": origin,
-                "Access-Control-Allow-Headers": "authorization, content-type, x-llmasos-trace",
+                "Access-Control-Allow-Headers": f"authorization, content-type, {TRACE}",
                 "Access-Control-Allow-Methods": "GET, POST",
                 "Access-Control-Expose-Headers": "x-request-id, retry-after",
                 "Vary": "Origin",

@@ -3,6 +3,7 @@
 import asyncio
 import logging
 import secrets
+from collections.abc import Awaitable, Callable
 from http import HTTPStatus
 from typing import Any
 
@@ -14,6 +15,9 @@ from llmasos.client.openai_fields import ApiError, error_body
 log = logging.getLogger(__name__)
 
 SHUTDOWN_TIMEOUT_S = 5.0
+CONTINUE = "100-continue"
+
+Handler = Callable[[web.BaseRequest], Awaitable[web.StreamResponse]]
 
 
 class Runner(web.AppRunner):
@@ -26,7 +30,15 @@ class Runner(web.AppRunner):
 
     async def _make_server(self) -> web.Server:  # aiohttp has no other place to say how connections refuse
         made = await super()._make_server()
-        return _Server(made.request_handler, request_factory=made.request_factory, handler_cancellation=True)
+        answer: Handler = made.request_handler
+
+        async def handle(request: web.BaseRequest) -> web.StreamResponse:
+            # The application would refuse it before any middleware, in plain text.
+            if request.headers.get("Expect", CONTINUE).lower() != CONTINUE:
+                return _refusal(ApiError(f"no expectation is met but {CONTINUE}", status=417, code="expectation"))
+            return await answer(request)
+
+        return _Server(handle, request_factory=made.request_factory, handler_cancellation=True)
 
 
 class _Server(web.Server):
@@ -55,7 +67,12 @@ class _Connection(web.RequestHandler):
         else:
             refusal = ApiError("the gateway failed; its log says how", status=status, kind="server_error")
             log.error("a connection failed: %s", type(exc).__name__)
-        answer = web.json_response(error_body(refusal), status=refusal.status)
-        answer.headers.update({"x-request-id": f"req_{secrets.token_hex(12)}", "Server": "llmasos"})
-        answer.force_close()
-        return answer
+        return _refusal(refusal)
+
+
+def _refusal(error: ApiError) -> web.Response:
+    """What was not read to its end is not read any further."""
+    answer = web.json_response(error_body(error), status=error.status)
+    answer.headers.update({"x-request-id": f"req_{secrets.token_hex(12)}", "Server": "llmasos"})
+    answer.force_close()
+    return answer

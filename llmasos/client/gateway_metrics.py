@@ -18,6 +18,12 @@ class Metrics:
         here = self.registry
         self.requests = Counter("llmasos_requests", "Requests answered.", ["endpoint", "status"], registry=here)
         self.tokens = Counter("llmasos_tokens", "Tokens, of prompts and completions.", ["model", "kind"], registry=here)
+        self.cached = Counter(
+            "llmasos_cached_tokens",
+            "Tokens of prompts that peers still held from earlier ones.",
+            ["model"],
+            registry=here,
+        )
         self.first_token_s = Histogram(
             "llmasos_time_to_first_token_seconds",
             "From a request's arrival to its first token.",

@@ -103,7 +103,23 @@ _PROMPT = _one_of(
 
 # --- answers ---------------------------------------------------------------------------------------------------------
 
-_USAGE = _object({"prompt_tokens": _COUNT, "completion_tokens": _COUNT, "total_tokens": _COUNT})
+_USAGE = _object(
+    {
+        "prompt_tokens": _COUNT,
+        "completion_tokens": _COUNT,
+        "total_tokens": _COUNT,
+        "prompt_tokens_details": _object({"cached_tokens": _COUNT}),
+    }
+)
+_TRACED = _object(
+    {
+        "total_ms": _NUMBER,
+        "hops": _list(
+            _object({"peer": _TEXT, "blocks": _TEXT, "queue_ms": _NUMBER, "compute_ms": _NUMBER, "network_ms": _NUMBER})
+        ),
+        "steps": _list(_object({"begin_ms": _NUMBER, "total_ms": _NUMBER, "position": _COUNT, "tokens": _COUNT})),
+    }
+)
 _REASON = {"enum": ["stop", "length", "tool_calls"]}
 _SCORE = _object({"token": _TEXT, "logprob": _NUMBER, "bytes": _list(_COUNT)})
 _SCORES = _object({"content": _list(_object({"top_logprobs": _list(_SCORE), **_SCORE["properties"]}))})
@@ -129,7 +145,8 @@ def _answer(kind: str, choice: dict[str, Schema], scores: Schema) -> Schema:
             "model": _TEXT,
             "choices": _list(_object(choice | common)),
             "usage": _USAGE,
-        }
+        },
+        {"llmasos": _object({"texts": _list(_OBJECT)}), "llmasos_trace": _list(_maybe(_TRACED))},
     )
 
 
@@ -186,6 +203,26 @@ _SCHEMAS: dict[str, Schema] = {
 
 # --- the document ----------------------------------------------------------------------------------------------------
 
+_TRACE = {
+    "name": "x-llmasos-trace",
+    "in": "header",
+    "description": "route: a field `llmasos` of the answer says how each text came to be. 1: `llmasos_trace` says "
+    "where its time went, too.",
+    "schema": {"enum": ["0", "1", "route"]},
+}
+_REQUEST_ID = {
+    "name": "x-request-id",
+    "in": "header",
+    "description": "A name for the request: up to 128 letters, digits and `_.:-`. Anything else is replaced.",
+    "schema": _TEXT,
+}
+_HEADERS: dict[str, Any] = {
+    "x-request-id": {"description": "The name of the request in the gateway's log.", "required": True, "schema": _TEXT}
+}
+_RETRY_AFTER: dict[str, Any] = {
+    "Retry-After": {"description": "Seconds.", "schema": {"type": "string", "pattern": "^[0-9]+$"}}
+}
+_CHALLENGE: dict[str, Any] = {"WWW-Authenticate": {"schema": {"const": "Bearer"}}}
 _REFUSALS = {
     "400": "A field is wrong, or cannot be honoured: `param` names it.",
     "401": "No API key, or one that is not known.",
@@ -193,9 +230,11 @@ _REFUSALS = {
     "404": "There is no such model, or no such path.",
     "413": "The body is too large.",
     "415": "The body is not declared as JSON.",
+    "417": "An `Expect` header asks for something else than 100-continue.",
     "429": "A limit of the key; `Retry-After` says when to come back.",
     "503": "Blocks are missing, or the gateway is full; the message says what to do.",
 }
+_EXTRA = {"401": _CHALLENGE, "429": _RETRY_AFTER, "503": _RETRY_AFTER}
 
 
 def document(models: Sequence[str]) -> dict[str, Any]:
@@ -217,7 +256,9 @@ def document(models: Sequence[str]) -> dict[str, Any]:
         "components": {
             "schemas": _SCHEMAS,
             "securitySchemes": {"key": {"type": "http", "scheme": "bearer"}},
-            "responses": {status: _response(said, _ref("Error")) for status, said in _REFUSALS.items()},
+            "responses": {
+                status: _response(said, _ref("Error"), headers=_EXTRA.get(status)) for status, said in _REFUSALS.items()
+            },
         },
         "security": [{}, {"key": []}],
         "paths": {
@@ -238,8 +279,11 @@ def document(models: Sequence[str]) -> dict[str, Any]:
     }
 
 
-def _response(said: str, schema: Schema | None = None, kind: str = "application/json") -> dict[str, Any]:
-    return {"description": said, "content": {kind: {"schema": schema} if schema else {}}}
+def _response(
+    said: str, schema: Schema | None = None, kind: str = "application/json", headers: dict[str, Any] | None = None
+) -> dict[str, Any]:
+    content = {kind: {"schema": schema} if schema else {}}
+    return {"description": said, "headers": _HEADERS | (headers or {}), "content": content}
 
 
 def _operation(
@@ -255,11 +299,11 @@ def _operation(
     responses = {"200": _response("The answer.", schema, kind)}
     responses |= {status: {"$ref": f"#/components/responses/{status}"} for status in _REFUSALS}
     responses |= {status: _response(said, schema) for status, said in (refused or {}).items()}
-    made: dict[str, Any] = {"summary": summary, "responses": responses}
-    if parameters:
-        made["parameters"] = list(parameters)
+    generates = answer in ("ChatCompletion", "Completion")
+    named = [*parameters, _REQUEST_ID, *([_TRACE] if generates else [])]
+    made: dict[str, Any] = {"summary": summary, "parameters": named, "responses": responses}
     if body is not None:
         made["requestBody"] = {"required": True, "content": {"application/json": {"schema": body}}}
-        if answer in ("ChatCompletion", "Completion"):
+        if generates:
             responses["200"]["content"]["text/event-stream"] = {}
     return made

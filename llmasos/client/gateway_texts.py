@@ -48,6 +48,8 @@ class Live:
     model: str
     prompt_tokens: int
     began: float
+    cached_tokens: int = 0
+    """Of the prompt: every hop held them from an earlier session."""
     tokens: int = 0
     first_token_at: float | None = None
     dialogue: Dialogue | None = None
@@ -133,6 +135,12 @@ class Texts:
         """Of prompts, and of what has been written so far."""
         return sum(len(prompt.ids) for prompt in self.prompts) + sum(live.tokens for live in self.live.values())
 
+    @property
+    def cached_tokens(self) -> int:
+        """Of each prompt once, as its tokens are counted: what the first of its choices found computed already."""
+        firsts = (self.live.get(index) for index in range(0, self.count, self.options.n))
+        return sum(live.cached_tokens for live in firsts if live is not None)
+
     def prompt_of(self, index: int) -> Prompt:
         """What the text `index` goes on from."""
         return self.prompts[index // self.options.n]
@@ -192,6 +200,8 @@ class Texts:
                 aclosing(self.generator.events(request, dialogue, prompt.ids, new_tokens)) as events,
             ):
                 live.dialogue, route = dialogue, live.route
+                if not request.score_prompt:  # else it is computed anew
+                    live.cached_tokens = len(dialogue.held)
                 log.info(
                     "choice %d goes through %s",
                     index,

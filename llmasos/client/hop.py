@@ -47,6 +47,7 @@ class HopLink:
         self.told: Reroute | None = None  # what it knows of its neighbours
         self.draining = False  # it said that it is about to go
         self.stays_until = 0.0  # when to look again for somebody who takes over from it (loop time)
+        self.codecs: tuple[str, ...] = ()  # how it can pack rows
         self.prefix_tokens = 0  # positions that it held when the session was opened on it
         self.ticket: Ticket | None = None  # tells the router that we are there
         self.progress = Pong()  # how far its steps had come when it last said so
@@ -70,6 +71,7 @@ class HopLink:
             raise PeerTimeoutError(self.plan.peer, "did not open a session in time") from None
         if not isinstance(answer, Opened):
             raise as_peer_error(self.plan.peer, answer)
+        self.codecs = answer.codecs
         # Whole pages of those that were named: a peer that claims more could make us leave out rows.
         self.prefix_tokens = min(answer.prefix_tokens // PREFIX_PAGE_TOKENS, len(request.prefix)) * PREFIX_PAGE_TOKENS
         self.told = Reroute(upstream=request.upstream, downstream=request.downstream, relay=request.relay)

@@ -33,10 +33,14 @@ class TokenScore:
     offset: int = 0
 
 
-def usage(prompt_tokens: int, completion_tokens: int) -> dict[str, int]:
-    """How many tokens a request took."""
-    total = prompt_tokens + completion_tokens
-    return {"prompt_tokens": prompt_tokens, "completion_tokens": completion_tokens, "total_tokens": total}
+def usage(prompt_tokens: int, completion_tokens: int, cached_tokens: int) -> dict[str, Any]:
+    """How many tokens a request took; `cached_tokens` of its prompts were not computed again."""
+    return {
+        "prompt_tokens": prompt_tokens,
+        "completion_tokens": completion_tokens,
+        "total_tokens": prompt_tokens + completion_tokens,
+        "prompt_tokens_details": {"cached_tokens": cached_tokens},
+    }
 
 
 @dataclass(frozen=True, slots=True)

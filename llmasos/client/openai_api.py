@@ -10,27 +10,13 @@ from typing import Any
 import msgspec
 
 from llmasos.client.openai_fields import ApiError, Fields, shown
+from llmasos.client.openai_unsupported import refuse_unsupported
 
 MAX_CHOICES = 16
 """Of one request, over all of its prompts: each is a session of its own."""
 MAX_STOPS = 16
 MAX_LOGPROBS = 20
 MAX_BIASES = 1_024
-
-UNSUPPORTED = {
-    "best_of": "generate n choices and choose among them",
-    "suffix": "text cannot be filled in, only gone on with",
-    "functions": "use tools",
-    "function_call": "use tool_choice",
-    "audio": "only text is generated",
-    "prediction": "predicted outputs are not used",
-    "web_search_options": "there is no web search",
-    "use_beam_search": "there is no beam search",
-    "reasoning_effort": "models here take no such setting",
-    "verbosity": "models here take no such setting",
-    "store": "nothing is stored",
-}
-"""Known to others, not here. False, null and empty values ask for nothing and are accepted."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -96,7 +82,7 @@ class DetokenizeRequest:
 
 def parse_chat(body: Fields) -> ChatRequest:
     """A request to /v1/chat/completions."""
-    _refuse_unsupported(body)
+    refuse_unsupported(body)
     modalities = body.get("modalities")
     if modalities not in (None, [], ["text"]):
         raise body.wrong("modalities", '["text"]: only text is generated')
@@ -113,7 +99,7 @@ def parse_chat(body: Fields) -> ChatRequest:
 
 def parse_completion(body: Fields) -> CompletionRequest:
     """A request to /v1/completions."""
-    _refuse_unsupported(body)
+    refuse_unsupported(body)
     for field in ("tools", "messages"):
         if body.get(field):
             raise ApiError(f"{field} belongs to /v1/chat/completions", param=field)
@@ -164,6 +150,9 @@ def _options(body: Fields, logprobs: int | None) -> Options:
     stream_options = body.inner("stream_options")
     if stream_options is not None and not stream:
         raise ApiError("stream_options is only for stream=true", param="stream_options")
+    if stream_options is not None and stream_options.flag("include_obfuscation"):
+        name = stream_options.name("include_obfuscation")
+        raise ApiError(f"{name} is not supported: chunks are as long as their text", param=name)
     return Options(
         max_tokens=newer if max_tokens is None else max_tokens,
         temperature=body.number("temperature", 1.0, 0.0, 100.0),
@@ -189,13 +178,6 @@ def _share(body: Fields, field: str) -> float:
     if value == 0.0:
         raise body.wrong(field, "above 0 and at most 1")
     return value
-
-
-def _refuse_unsupported(body: Fields) -> None:
-    for field, instead in UNSUPPORTED.items():
-        value = body.get(field)
-        if value and not (field == "best_of" and value == (body.get("n") or 1)):  # the best n of n are all of them
-            raise ApiError(f"{field} is not supported: {instead}", param=field, code="unsupported_parameter")
 
 
 def _stop(body: Fields) -> tuple[str, ...]:
@@ -287,6 +269,9 @@ def _message(value: Any, where: str) -> dict[str, Any]:
     if role not in ROLES:
         raise fields.wrong("role", f"one of {', '.join(ROLES)}")
     message: dict[str, Any] = {"role": "system" if role == "developer" else role}
+    for field in ("audio", "function_call"):
+        if fields.get(field):
+            raise ApiError(f"{fields.name(field)} is not supported", param=fields.name(field))
     message["content"] = _content(fields, optional=role == "assistant" and bool(fields.get("tool_calls")))
     for field in ("name", "tool_call_id"):
         if fields.get(field) is not None:
@@ -298,6 +283,8 @@ def _message(value: Any, where: str) -> dict[str, Any]:
 
 def _content(fields: Fields, *, optional: bool) -> str:
     value = fields.get("content")
+    if value is None:
+        value = fields.get("refusal")  # what an assistant said in the place of an answer
     if value is None and optional:
         return ""
     if isinstance(value, str):
@@ -344,8 +331,10 @@ def _tools(body: Fields) -> tuple[dict[str, Any], ...]:
     if not isinstance(tools, list):
         raise body.wrong("tools", "a list of functions")
     for index, tool in enumerate(tools):
+        where = f"tools[{index}]"
         function = tool.get("function") if isinstance(tool, dict) and tool.get("type") == "function" else None
         if not isinstance(function, dict) or not isinstance(function.get("name"), str):
-            where = f"tools[{index}]"
             raise ApiError(f"{where} must be of type function, with a name", param=where)
+        if function.get("strict"):
+            raise ApiError(f"{where}: calls cannot be held to a schema", param=f"{where}.function.strict")
     return () if choice == "none" else tuple(tools)

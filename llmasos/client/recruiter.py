@@ -10,9 +10,10 @@ from llmasos.client.connections import Connections
 from llmasos.client.events import OnEvent
 from llmasos.client.hop import HopLink
 from llmasos.client.hops import Hops
+from llmasos.client.packing import Packing
 from llmasos.client.router import Router
 from llmasos.config import HAND_OVER_RETRY_S, ClientConfig
-from llmasos.errors import SwarmError
+from llmasos.errors import PeerRefusedError, SwarmError
 from llmasos.routing.planner import Hop, RouteRequest
 from llmasos.span import Span
 from llmasos.wire import Open
@@ -37,6 +38,7 @@ class Recruiter:
         self._name = name
         self._config = config
         self._hops = hops
+        self.packing = Packing(config.codec)
         self._router = router
         self._connections = connections
         self._prefix = tuple(prefix)
@@ -46,14 +48,29 @@ class Recruiter:
     async def fill(
         self, request: RouteRequest, missing: list[Span], *, new: bool, patient: bool, on_event: OnEvent
     ) -> None:
-        """Put hops where blocks are missing, and open them. `new` is a session that holds no rows yet.
+        """Put hops where blocks are missing, and open them. `new` is a session that holds no rows yet; its blocks may
+        be missing still.
 
         Raises MissingBlocksError when there are none, and what the first of them was lost by that does not open.
         """
-        planned = await self._router.plan(request, missing, patient=patient, on_event=on_event)
+        if new and self.packing.wanted:  # what each hop is told depends on all of them
+            self._leave_all()
+            missing = self._hops.missing()
+        planned = await self._router.plan(
+            request if new else self._of_those_able(request),
+            self.packing.split(missing),
+            patient=patient,
+            on_event=on_event,
+        )
         newcomers = self._newcomers(planned)
         self._hops.insert(newcomers)
-        await self._open(request, newcomers, new=new)
+        if new:
+            self.packing.choose([hop.plan for hop in self._hops])
+        unable = await self._open(request, newcomers, new=new)
+        if unable and new:
+            self._leave_all()  # the next route packs nothing beside them
+            return
+        self._lose(unable)
         errors = [hop.lost for hop in newcomers if hop.lost is not None]
         if errors:
             raise errors[0]
@@ -62,7 +79,7 @@ class Recruiter:
         """Put others in the place of a hop that drains, if there are any; it waits aside until they have caught up."""
         old.stays_until = asyncio.get_running_loop().time() + HAND_OVER_RETRY_S
         going = {hop.plan.peer for hop in self._hops if hop.draining}
-        request = replace(request, exclude=request.exclude | going)
+        request = self._of_those_able(replace(request, exclude=request.exclude | going))
         try:
             planned = await self._router.plan(request, [old.plan.span], patient=False)
         except SwarmError as error:
@@ -72,14 +89,30 @@ class Recruiter:
             return
         newcomers = self._newcomers(planned)
         self._hops.begin_hand_over(old, newcomers)
-        await self._open(request, newcomers, new=new)
+        self._lose(await self._open(request, newcomers, new=new))
+
+    def _leave_all(self) -> None:
+        for hop in self._hops.clear():
+            self._connections.leave(hop)
+
+    def _of_those_able(self, request: RouteRequest) -> RouteRequest:
+        """The same, of peers that may know how our rows are packed."""
+        return replace(request, exclude=request.exclude | self.packing.unable)
 
     def _newcomers(self, planned: list[Hop]) -> list[HopLink]:
         return [HopLink(plan, f"{self._name}.{next(self._names)}") for plan in planned]
 
-    async def _open(self, request: RouteRequest, newcomers: list[HopLink], *, new: bool) -> None:
-        """Open the session on new hops, all at once; whoever fails is lost."""
+    async def _open(self, request: RouteRequest, newcomers: list[HopLink], *, new: bool) -> list[HopLink]:
+        """Open the session on new hops, all at once; whoever fails is lost.
+
+        Returns those that cannot read or write what they would have to.
+        """
         await asyncio.gather(*(self._connections.open(hop, self._opening(request, hop, new)) for hop in newcomers))
+        return [hop for hop in newcomers if hop.lost is None and not self.packing.suits(hop.plan, hop.codecs)]
+
+    def _lose(self, unable: list[HopLink]) -> None:
+        for hop in unable:
+            self._connections.lose(hop, PeerRefusedError(hop.plan.peer, f"does not know {self._config.codec} rows"))
 
     def _opening(self, request: RouteRequest, hop: HopLink, new: bool) -> Open:
         sides = self._hops.sides(hop)
@@ -92,6 +125,7 @@ class Recruiter:
             tokens=request.kv_tokens,
             upstream=sides.upstream,
             downstream=sides.downstream,
-            prefix=self._prefix if new else (),
+            prefix=self.packing.names(self._prefix) if new else (),
+            codec=self.packing.codec(hop.plan.span.end),
             trace=self._trace,
         )

@@ -82,7 +82,7 @@ class Router:
                     continue
                 avoided_s = self._shortest_avoidance_s(request.model)
                 if loop.time() >= deadline and not 0 < avoided_s <= MAX_SHORT_WAIT_S:
-                    raise
+                    raise error.wanting(request.dtype, request.quantization) from None
                 now = loop.time()
                 on_event(Waiting(request.model, tuple(error.missing), now - begin, max(deadline - now, 0.0)))
                 log.debug("%s; waiting for a peer that serves them", error.message)

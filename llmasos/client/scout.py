@@ -20,7 +20,7 @@ from llmasos.network import Network
 from llmasos.routing.cost import Load
 from llmasos.routing.health import Health
 from llmasos.routing.market import SPREAD
-from llmasos.routing.planner import Hop, Route, plan
+from llmasos.routing.planner import Hop, Route, draw, plan
 from llmasos.routing.request import RouteRequest
 from llmasos.routing.view import SwarmView
 from llmasos.tasks import TaskSet
@@ -59,10 +59,9 @@ class Scout:
     async def route(self, view: SwarmView, request: RouteRequest) -> Route:
         """The cheapest of a few routes, by what their peers say now. Raises MissingBlocksError when there is none."""
         # 1. Draw.
-        drawn = [self._plan(view, request)]
-        measured = all(self._health.measured(peer) for peer in drawn[0].peers)
-        for _ in range(1, DRAWS if measured else FIRST_DRAWS):
-            drawn.append(self._plan(view, request, hopeful=True))
+        drawn = self._draw(view, request, [False] + [True] * (DRAWS - 1))
+        if not all(self._health.measured(peer) for peer in drawn[0].peers):
+            drawn += self._draw(view, request, [True] * (FIRST_DRAWS - DRAWS))
         hops = {hop.peer: hop for route in drawn for hop in route.hops}
         if len(hops) == len(set(drawn[0].peers)):
             return drawn[0]  # there is nothing to choose
@@ -82,8 +81,12 @@ class Scout:
         except MissingBlocksError:
             return drawn[0]
 
-    def _plan(self, view: SwarmView, request: RouteRequest, *, hopeful: bool = False, spread: float = SPREAD) -> Route:
-        return plan(view, request, self._network.now(), self._rng, self._health, hopeful=hopeful, spread=spread)
+    def _draw(self, view: SwarmView, request: RouteRequest, hopeful: Sequence[bool]) -> list[Route]:
+        draws = [(hope, SPREAD) for hope in hopeful]
+        return draw(view, request, self._network.now(), self._rng, self._health, draws)
+
+    def _plan(self, view: SwarmView, request: RouteRequest, *, spread: float = SPREAD) -> Route:
+        return plan(view, request, self._network.now(), self._rng, self._health, spread=spread)
 
     def _ask_all(self, hops: Sequence[Hop]) -> dict[str, asyncio.Task[None]]:
         """Ask each peer that has not answered a moment ago; the tasks of those that are being asked."""

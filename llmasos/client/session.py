@@ -30,6 +30,7 @@ from llmasos.client.hops import Hops
 from llmasos.client.recruiter import Recruiter
 from llmasos.client.router import Router
 from llmasos.client.trace import Tracer
+from llmasos.codec import pack
 from llmasos.config import MAX_ROWS_IN_FLIGHT, ClientConfig
 from llmasos.errors import (
     ConnectionLostError,
@@ -196,8 +197,9 @@ class Session:
             number = next(self._steps)
             kept = keep(behind, rows.tokens)
             self._flights.start(number, position, kept, 0, replay, rows.tokens)
+            packed = pack(rows, self._recruiter.packing.codec(0))
             await self._connections.send(
-                self._hops[0], Step(step=number, position=position, keep=kept, hidden=rows, replay=replay)
+                self._hops[0], Step(step=number, position=position, keep=kept, hidden=packed, replay=replay)
             )
             ahead.append((number, behind))
         for number, behind in ahead:
@@ -371,6 +373,8 @@ class Session:
         if following == ends_at:
             if result.hidden.tokens != flight.keep and not hop.relay:
                 self._connections.lose(hop, PeerFaultError(hop.plan.peer, f"answered {result.hidden.tokens} rows"))
+            elif flight.keep and result.hidden.codec != "exact":
+                self._connections.lose(hop, PeerFaultError(hop.plan.peer, f"answered {result.hidden.codec} rows"))
             else:
                 if self.tracer is not None and not flight.replay:
                     self.tracer.took(flight, result, self.route.hops)

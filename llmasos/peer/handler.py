@@ -10,6 +10,7 @@ import itertools
 import logging
 from dataclasses import dataclass
 
+from llmasos.codec import CODECS
 from llmasos.config import ATTACH_TIMEOUT_S, SESSION_LEASE_S
 from llmasos.errors import ConnectionLostError, UsageError, short_id
 from llmasos.logs import about, session_label
@@ -128,12 +129,10 @@ class Handler:
             await stream.send(encode(Failed(code="refused", message=str(error), retry_after_s=1.0)))
             return
         session = PeerSession(key, request, stream, self._network, self._engine, prefix)
-        session.tell(
-            Opened(
-                kv_free_tokens=self._engine.scheduler.kv_free_tokens,
-                prefix_tokens=prefix.tokens if prefix is not None else 0,
-            )
-        )
+        prefix_tokens = prefix.tokens if prefix is not None else 0
+        kv_free_tokens = self._engine.scheduler.kv_free_tokens
+        session.tell(Opened(kv_free_tokens=kv_free_tokens, prefix_tokens=prefix_tokens, codecs=CODECS))
+        self._watcher.found(prefix_tokens)
         self._sessions[request.session] = session
         try:
             await self._notify()

@@ -34,6 +34,9 @@ class PeerMetrics(Watcher):
         self._queue_s = Histogram(
             "llmasos_peer_queue_seconds", "A step's wait for its passes.", buckets=PASSES_S, registry=here
         )
+        self._found = Counter(
+            "llmasos_peer_prefix_tokens", "Rows of prompts that were cached from earlier sessions.", registry=here
+        )
         self._refused = Counter("llmasos_peer_sessions_refused", "Sessions not admitted.", ["reason"], registry=here)
         self.registry.register(_Now(peer, asyncio.get_running_loop()))
         ProcessCollector(registry=here)
@@ -47,6 +50,10 @@ class PeerMetrics(Watcher):
     def waited(self, seconds: float) -> None:
         """See `Watcher.waited`."""
         self._queue_s.observe(seconds)
+
+    def found(self, tokens: int) -> None:
+        """See `Watcher.found`."""
+        self._found.inc(tokens)
 
     def refused(self, why: str) -> None:
         """See `Watcher.refused`."""

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 from msgspec import UNSET
 
+from llmasos.codec import pack, unpack
 from llmasos.config import MAX_PENDING_TOKENS, PREFIX_PAGE_TOKENS, RECORDED_STEPS, SESSION_LEASE_S
 from llmasos.errors import ConnectionLostError, short_id
 from llmasos.history import History
@@ -47,7 +48,7 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class _Output:
-    """The rows that a step became, and what the step said about them."""
+    """The rows that a step became, packed as they are sent, and what the step said about them."""
 
     step: int
     position: int
@@ -76,6 +77,7 @@ class PeerSession:
         self.span = Span(request.start, request.end)
         self.upstream = request.upstream
         self._traced = request.trace
+        self._codec = request.codec
         self._client = client
         self._network = network
         self._engine = engine
@@ -146,11 +148,11 @@ class PeerSession:
                 self._fail(number, "bad_request" if rows.sender else "fault", rows.message)
             else:
                 trail = (*before, spent) if self._traced else UNSET
-                self._finish(_Output(number, position, keep, replay, rows, trail))
+                self._finish(_Output(number, position, keep, replay, pack(rows, self._codec), trail))
             self._room.set()
 
         try:
-            self._engine.submit(self.key, self.span, number, position, step.hidden, done)
+            self._engine.submit(self.key, self.span, number, position, self._plain(step.hidden), done)
         except GapError as error:
             self._fail(number, "bad_request", str(error))
         except KvFullError as error:
@@ -192,6 +194,10 @@ class PeerSession:
         await self._tasks.close()
         for stream in list(self._upstream_streams):
             await stream.close()
+
+    def _plain(self, rows: Tensor) -> Tensor:
+        """The rows as the engine takes them. Those of another width it refuses, so that they need not be unpacked."""
+        return unpack(rows) if rows.hidden == self._engine.runner.hidden_size else rows
 
     # --- what the engine made of a step ----------------------------------------------------------------------------
 

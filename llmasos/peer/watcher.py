@@ -10,5 +10,8 @@ class Watcher:
     def waited(self, seconds: float) -> None:
         """A step is computed; all in all, that long it was not its turn."""
 
+    def found(self, tokens: int) -> None:
+        """A session begins with so many tokens that an earlier one has left in the cache."""
+
     def refused(self, why: str) -> None:
         """A session was not admitted."""

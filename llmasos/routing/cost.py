@@ -110,8 +110,7 @@ class Load:
     seen_at: float
 
 
-@dataclass(frozen=True, slots=True)
-class Observed:
+class Observed(NamedTuple):
     """What we know of a peer first-hand; the defaults know nothing. See `health.Health.observed`."""
 
     rtt_s: float = DEFAULT_RTT_S
@@ -160,16 +159,8 @@ class HopCost:
 NO_COST = HopCost()
 
 
-class _Shares(NamedTuple):
-    """What a hop costs: `_s` once, `_per_block_s` for each block."""
-
-    link_s: float
-    wait_s: float
-    own_s: float
-    risk_s: float
-    compute_per_block_s: float
-    wait_per_block_s: float
-    own_per_block_s: float
+_Shares = tuple[float, float, float, float, float, float, float]
+"""What a hop costs once: link, wait, own, risk; and for each block: compute, wait, own."""
 
 
 def _shares(record: PeerRecord, work: Work, observed: Observed) -> _Shares:
@@ -184,30 +175,30 @@ def _shares(record: PeerRecord, work: Work, observed: Observed) -> _Shares:
     own_step_s = own * crowd_s * scale
     wait_s = residual_s(step_s * scale, span_blocks, sessions)
     crowded_s = residual_s(step_s * scale + own_step_s, span_blocks, sessions + own) if own else wait_s
-    return _Shares(
-        link_s=work.link_s(observed.rtt_s),
-        wait_s=(1.0 - seen) * (queued_tokens * row_s * span_blocks + n * wait_s),
-        own_s=n * (crowded_s - wait_s),
-        risk_s=observed.failures * FAILOVER_S,
-        compute_per_block_s=scale * ((n + work.chunks) * record.block_seconds + work.prompt_tokens * row_s),
-        wait_per_block_s=n * sessions * crowd_s * scale,
-        own_per_block_s=n * own_step_s,
+    return (
+        work.link_s(observed.rtt_s),
+        (1.0 - seen) * (queued_tokens * row_s * span_blocks + n * wait_s),
+        n * (crowded_s - wait_s),
+        observed.failures * FAILOVER_S,
+        scale * ((n + work.chunks) * record.block_seconds + work.prompt_tokens * row_s),
+        n * sessions * crowd_s * scale,
+        n * own_step_s,
     )
 
 
 def hop_cost(record: PeerRecord, blocks: int, work: Work, observed: Observed = UNKNOWN) -> HopCost:
     """What `blocks` blocks of this peer cost the request. Linear in `blocks`."""
-    shares = _shares(record, work, observed)
+    link_s, wait_s, own_s, risk_s, compute_block_s, wait_block_s, own_block_s = _shares(record, work, observed)
     return HopCost(
-        link_s=shares.link_s,
-        compute_s=blocks * shares.compute_per_block_s,
-        wait_s=shares.wait_s + blocks * shares.wait_per_block_s,
-        own_s=shares.own_s + blocks * shares.own_per_block_s,
-        risk_s=shares.risk_s,
+        link_s=link_s,
+        compute_s=blocks * compute_block_s,
+        wait_s=wait_s + blocks * wait_block_s,
+        own_s=own_s + blocks * own_block_s,
+        risk_s=risk_s,
     )
 
 
 def hop_price(record: PeerRecord, work: Work, observed: Observed = UNKNOWN) -> tuple[float, float]:
     """The same as what the hop costs whatever it computes, and what each block costs."""
-    link_s, wait_s, own_s, risk_s, *per_block_s = _shares(record, work, observed)
-    return link_s + wait_s + own_s + risk_s, sum(per_block_s)
+    link_s, wait_s, own_s, risk_s, compute_block_s, wait_block_s, own_block_s = _shares(record, work, observed)
+    return link_s + wait_s + own_s + risk_s, compute_block_s + wait_block_s + own_block_s

@@ -169,15 +169,15 @@ class Health:
         load = known.load if known.load is not None and known.load.seen_at > since else None
         if load is not None:
             since = load.seen_at
-        unseen = [ticket for ticket in known.tickets if ticket.opened_at >= since] if known.tickets else []
+        unseen = [ticket for ticket in known.tickets if ticket.opened_at >= since] if known.tickets else ()
         return Observed(
-            rtt_s=known.rtt_s.value if known.rtt_s.weight else self.typical_rtt_s,
-            block_s=known.block_s.value,
-            evidence=known.block_s.evidence(now),
-            failures=known.failures,
-            own_sessions=len(unseen),
-            own_tokens=sum(ticket.tokens for ticket in unseen) if unseen else 0,
-            load=load,
+            known.rtt_s.value if known.rtt_s.weight else self.typical_rtt_s,
+            known.block_s.value,
+            known.block_s.evidence(now) if known.block_s.weight else 0.0,
+            known.failures,
+            len(unseen),
+            sum(ticket.tokens for ticket in unseen) if unseen else 0,
+            load,
         )
 
     def rtt_s(self, peer: str) -> float:

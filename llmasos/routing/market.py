@@ -11,7 +11,7 @@ from operator import itemgetter
 from random import Random
 from typing import NamedTuple
 
-from llmasos.routing.cost import Observed, Work, hop_price
+from llmasos.routing.cost import Work, hop_price
 from llmasos.routing.health import Health
 from llmasos.routing.missing import refusal
 from llmasos.routing.records import PeerRecord
@@ -93,8 +93,29 @@ class Rivals:
         return False
 
 
+def _unbeaten(bids: list[Bid], at: int, last: int) -> list[Bid]:
+    """Those of some bids that none of the others beats at block `at`."""
+    best: list[Bid] = []
+    rivals = Rivals(best, at, last)
+    for bid in sorted(bids, key=lambda bid: bid.fixed_s + bid.rate_s):
+        if not rivals.beat(bid):
+            best.append(bid)
+    return best
+
+
+class Quote(NamedTuple):
+    """What a peer of which we know more than its record says asks for this request."""
+
+    fixed_s: float
+    rate_s: float
+    link_s: float
+    proven: bool
+    end: int
+    record: PeerRecord
+
+
 class Market:
-    """All offers for one request in one plan. `join` is to be called for each block in turn."""
+    """All offers for one request. `open` begins a plan; `join` is then to be called for each block in turn."""
 
     def __init__(
         self,
@@ -106,9 +127,6 @@ class Market:
         now: float,
         rng: Random,
         health: Health,
-        *,
-        hopeful: bool,
-        spread: float,
     ) -> None:
         self._pools = list(pools.values())
         self._request = request
@@ -116,12 +134,13 @@ class Market:
         self._now = now
         self._draw = rng.random
         self._work = request.work
-        self._spread = spread
-        self._link_s = self._work.link_s(health.nearest_rtt_s if hopeful else health.typical_rtt_s)
+        self._health = health
+        self._spread = self._link_s = 0.0
         self._typical_wait_s, self._typical_rate_s = _typical(self._pools, self._work)
         # Peers of which we know more than their records say are asked one by one; with pins there are no others.
         self._known = request.exclude.union(health)
         self._known_bids: dict[int, list[Bid]] = {}
+        self._quotes: list[Quote] = []
         for peer in dict.fromkeys(request.pin or health):
             lease = view.lease(peer, request.model)
             if lease is None:
@@ -132,13 +151,24 @@ class Market:
                 continue
             if Numerics(record.dtype, record.quantization) not in pools:
                 continue
-            bid = self._bid(seen, min(record.span.end, end), record)
-            self._known_bids.setdefault(record.span.start, []).append(bid)
+            fixed_s, rate_s = hop_price(record, self._work, seen)
+            link_s = self._work.link_s(seen.rtt_s)
+            self._quotes.append(Quote(fixed_s, rate_s, link_s, seen.proven, min(record.span.end, end), record))
+
+    def open(self, *, hopeful: bool, spread: float) -> None:
+        """Toss the coins of a new plan; whom nobody has measured is `hopeful`ly near, or as far as is typical."""
+        self._spread = spread
+        self._link_s = self._work.link_s(self._health.nearest_rtt_s if hopeful else self._health.typical_rtt_s)
+        self._known_bids = {}
+        for quote in self._quotes:
+            self._known_bids.setdefault(quote.record.span.start, []).append(self._bid(quote))
 
     def join(self, at: int, rides: list[Ride]) -> None:
         """Add to `rides` the bids worth hearing that begin at block `at`; at the first block, those before it too."""
         starts = range(at + 1) if at == self._request.start else (at,)
-        rides += [Ride(bid) for start in starts for bid in self._known_bids.get(start, ()) if bid.end > at]
+        known = [bid for start in starts for bid in self._known_bids.get(start, ()) if bid.end > at]
+        if known:
+            rides += map(Ride, _unbeaten(known, at, self._end))
         if self._request.pin:
             return
         groups = [pool.starts[start] for pool in self._pools for start in starts if start in pool.starts]
@@ -192,14 +222,14 @@ class Market:
                     heard.append(bid)
         return heard
 
-    def _bid(self, seen: Observed, end: int, record: PeerRecord) -> Bid:
+    def _bid(self, quote: Quote) -> Bid:
         """The price as this plan takes it: one draw tosses the coin of belief, and says how much dearer it gets."""
-        fixed_s, rate_s = hop_price(record, self._work, seen)
+        fixed_s, rate_s, link_s, proven, end, record = quote
         luck = 2.0 * self._draw()
         if luck >= 1.0:
             luck -= 1.0
-            if not seen.proven:  # how far it is is no claim
-                fixed_s = max(fixed_s, self._work.link_s(seen.rtt_s) + self._typical_wait_s)
+            if not proven:  # how far it is is no claim
+                fixed_s = max(fixed_s, link_s + self._typical_wait_s)
                 rate_s = max(rate_s, self._typical_rate_s)
         spread = 1.0 + self._spread * luck
         return Bid(fixed_s * spread, rate_s * spread, end, spread, record)

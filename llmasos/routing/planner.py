@@ -26,7 +26,7 @@ from llmasos.routing.request import RouteRequest
 from llmasos.routing.view import Checkpoint, SwarmView
 from llmasos.span import Span
 
-__all__ = ["Hop", "Route", "RouteRequest", "plan", "replan"]
+__all__ = ["Hop", "Route", "RouteRequest", "draw", "plan", "replan"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,21 +85,40 @@ def plan(
     to be as near as the nearest, and not as far as the typical one. Raises MissingBlocksError, which says for each gap
     what stands in the way of the peers that have it.
     """
+    return draw(view, request, now, rng, health, [(hopeful, spread)])[0]
+
+
+def draw(
+    view: SwarmView,
+    request: RouteRequest,
+    now: float,
+    rng: Random,
+    health: Health | None,
+    draws: Sequence[tuple[bool, float]],
+) -> list[Route]:
+    """A `plan` for each (hopeful, spread), with what does not depend on chance computed once."""
     health = Health() if health is None else health
     checkpoint = _checkpoint(view, request)
     end = checkpoint.blocks if request.end is None else request.end
     pools = {kind: pool for kind, pool in view.pools(request.model, checkpoint).items() if request.allows(*kind)}
-    found: list[tuple[float, list[_Leg]]] = []
-    for kinds in [sorted(pools)] if request.mixed else [[kind] for kind in sorted(pools)]:
-        together = {kind: pools[kind] for kind in kinds}
-        market = Market(view, together, request, checkpoint, end, now, rng, health, hopeful=hopeful, spread=spread)
-        cheapest = _cheapest(market, request.start, end)
-        if cheapest is not None:
-            found.append(cheapest)
-    if not found:
-        raise missing_blocks(view, request, checkpoint, end, now, health)
-    _, legs = min(found, key=lambda route: route[0])
-    return Route(tuple(_hop(leg, request.work, now, health) for leg in legs))
+    kinds = [sorted(pools)] if request.mixed else [[kind] for kind in sorted(pools)]
+    markets = [
+        Market(view, {kind: pools[kind] for kind in together}, request, checkpoint, end, now, rng, health)
+        for together in kinds
+    ]
+    routes = []
+    for hopeful, spread in draws:
+        found: list[tuple[float, list[_Leg]]] = []
+        for market in markets:
+            market.open(hopeful=hopeful, spread=spread)
+            cheapest = _cheapest(market, request.start, end)
+            if cheapest is not None:
+                found.append(cheapest)
+        if not found:
+            raise missing_blocks(view, request, checkpoint, end, now, health)
+        _, legs = min(found, key=lambda route: route[0])
+        routes.append(Route(tuple(_hop(leg, request.work, now, health) for leg in legs)))
+    return routes
 
 
 def replan(

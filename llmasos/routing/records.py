@@ -170,7 +170,7 @@ class PeerRecord:
         """What is published. Raises RecordError when it would be larger than others accept."""
         fields: dict[str, Any] = {name: getattr(self, name) for name in _FIELDS}
         fields["span"] = str(self.span)
-        data = json.dumps(fields, separators=(",", ":"), ensure_ascii=False, allow_nan=False).encode()
+        data = _ENCODER.encode(fields).encode()
         if len(data) > MAX_RECORD_BYTES:
             raise RecordError("", f"has {len(data)} bytes, more than {MAX_RECORD_BYTES}: announce fewer addresses")
         return data
@@ -214,6 +214,7 @@ def _parse(data: bytes) -> PeerRecord:
 
 
 _FIELDS = tuple(PeerRecord.__slots__)
+_ENCODER = json.JSONEncoder(separators=(",", ":"), ensure_ascii=False, allow_nan=False)
 
 
 # --- one field at a time ---------------------------------------------------------------------------------------------

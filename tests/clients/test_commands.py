@@ -46,6 +46,14 @@ async def test_models(running: Running) -> None:
     assert (models.code, models.stdout) == (0, "smollm2\n")
 
 
+async def test_a_gateway_is_asked_as_well(running: Running) -> None:
+    status = await command("llmasos", "status", "--json", "--join", running.url)
+    assert status.code == 0, status.stderr
+    assert [model["model"] for model in json.loads(status.stdout)["models"]] == ["smollm2"]
+    written = await command("llmasos", "generate", "The world is", "--max-new-tokens", "3", "--join", running.url)
+    assert (written.code, written.stdout) == (0, " a complex tapestry\n")
+
+
 async def test_a_key_opens_the_gateway(guarded: Guarded) -> None:
     assert guarded.secret not in guarded.file.read_text()
     assert guarded.file.stat().st_mode & 0o77 == 0

@@ -1,6 +1,8 @@
 """The page in a real browser: it renders, streams, shows a killed peer, and runs nothing that a peer wrote."""
 
+import json
 import re
+import shlex
 import shutil
 import time
 from collections.abc import AsyncIterator
@@ -137,6 +139,10 @@ async def test_it_streams_an_answer(page: Any) -> None:
     await page.wait_for_selector(".talk .said", timeout=60_000)
     assert len(await page.inner_text(".talk .it")) > 10
     assert "tokens/s" in await page.inner_text(".talk .said")
+    await page.evaluate("document.querySelector('.talk .it').textContent = 'line\\n'.repeat(99)")
+    assert await page.evaluate("document.querySelector('.talk .it').scrollHeight") <= await page.evaluate(
+        "document.querySelector('.talk .it').clientHeight"
+    )  # the talk scrolls, no bubble bursts
 
 
 async def test_it_fits_a_phone(page: Any) -> None:
@@ -145,6 +151,20 @@ async def test_it_fits_a_phone(page: Any) -> None:
     long = 12 * "words-without-end"
     await shows(page, a_swarm(long), some_activity(long))
     assert await page.evaluate("document.documentElement.scrollWidth <= innerWidth")
+    cells = "[...document.querySelectorAll('#peers td:not(.name)')]"
+    assert await page.evaluate(f"{cells}.filter((cell) => cell.scrollWidth > cell.clientWidth).length") == 0
+
+
+async def test_no_name_of_a_model_is_a_command(page: Any) -> None:
+    """What is offered for pasting into a shell says the name, whatever it is."""
+    name = 'it\'s $(reboot); `reboot` "x" #'
+    await shows(page, a_swarm(name), some_activity("it"))
+    words = shlex.split(await page.inner_text("#fix code"))
+    assert words[words.index("--model") + 1 :] == [name, "--join", "it"]
+    await page.click("[data-snippet=curl]")
+    words = shlex.split(await page.inner_text("#snippet"))
+    assert words[-2] == "-d"
+    assert json.loads(words[-1])["model"] == name
 
 
 async def test_snippets_carry_the_address(page: Any, running: Running) -> None:

@@ -18,7 +18,7 @@ from llmasos.peer.runner import Chunk, Fault, Runner, Speed
 from llmasos.peer.torch_runner import TorchRunner
 from llmasos.span import Span
 from llmasos.wire import Tensor
-from sim.runner import PRIME, SimRunner, from_numbers
+from sim.runner import NUMBERS, SimRunner, from_numbers
 from tests.checkpoints import make_checkpoint
 
 SPAN = Span(1, 4)
@@ -37,14 +37,14 @@ def _torch_rows(hidden: int) -> Callable[[int, int], Tensor]:
 
 
 def _sim_rows(count: int, seed: int) -> Tensor:
-    return from_numbers([(seed * 7_919 + index * 104_729) % PRIME for index in range(count)])
+    return from_numbers([(seed * 7_919 + index * 104_729) % NUMBERS for index in range(count)])
 
 
 @pytest.fixture(params=["torch", "native", "sim"])
 async def side(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Side]:
     if request.param == "sim":
         runner: Runner = SimRunner(SPAN, Speed(1e-4, 1e-5))
-        yield Side(runner, _sim_rows, from_numbers([PRIME + 5]), lambda a, b: a.data == b.data)
+        yield Side(runner, _sim_rows, from_numbers([NUMBERS + 5]), lambda a, b: a.data == b.data)
     else:
         if request.param == "native" and not native.available():
             pytest.skip(native.why_not())

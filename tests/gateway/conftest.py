@@ -23,6 +23,9 @@ CHAT_TEMPLATE = (
     "{% if add_generation_prompt %}a{% endif %}"
 )
 TINY = "tiny"
+CHAT, COMPLETIONS = "/v1/chat/completions", "/v1/completions"
+HELLO = {"model": "tiny", "messages": [{"role": "user", "content": "hello"}], "max_tokens": 12, "seed": 3}
+GO_ON = {"model": "tiny", "prompt": "ab", "max_tokens": 9, "seed": 3}
 SPANS = ["0:2", "2:5"]
 
 
@@ -84,6 +87,14 @@ def read_events(raw: bytes) -> Stream:
     return stream
 
 
+def error_of(body: dict[str, Any]) -> dict[str, Any]:
+    """The error object, whose form never varies."""
+    assert list(body) == ["error"]
+    assert list(body["error"]) == ["message", "type", "param", "code"]
+    found: dict[str, Any] = body["error"]
+    return found
+
+
 @pytest.fixture(scope="session")
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> ModelSpec:
     """A random llama with a tokenizer of bytes: its texts are noise, and hardly ever whole characters."""
@@ -115,7 +126,7 @@ async def serve(
     """Peers, a client and a gateway."""
     config = GatewayConfig(models=(source,) if source else (), **settings)
     async with torch_swarm(spec, spans, name=source, config=client_config) as (client, peers):
-        gateway = Gateway(client, config)
+        gateway = Gateway(client, config, client_config or ClientConfig())
         server = TestServer(gateway.app(), handler_cancellation=True)
         async with TestClient(server) as http:
             yield Served(gateway, client, peers, http)
@@ -131,7 +142,8 @@ async def tiny_gateway(tiny: ModelSpec) -> AsyncIterator[Served]:
 @pytest.fixture
 async def listening(tiny: ModelSpec, tiny_gateway: Served) -> AsyncIterator[str]:
     """The address of a gateway as `llmasos gateway` starts it."""
-    runner = await listen(tiny_gateway.client, GatewayConfig(port=0, models=(folder_of(tiny),)))
+    config = GatewayConfig(port=0, models=(folder_of(tiny),))
+    runner = await listen(tiny_gateway.client, config, ClientConfig())
     host, port = runner.addresses[0][:2]
     yield f"http://{host}:{port}"
     await runner.cleanup()

@@ -1,32 +1,14 @@
-"""The gateway over HTTP, in front of real blocks: what OpenAI's clients rely on."""
+"""Answers of the gateway over HTTP, in front of real blocks: what OpenAI's clients rely on."""
 
-import asyncio
 import json
-from collections.abc import Callable
-from io import BytesIO
-from typing import Any
 
 import pytest
 import torch
-from yarl import URL
 
 from llmasos.blocks.registry import ModelSpec
 from llmasos.client.token_bytes import TokenBytes
-from llmasos.logs import JsonFormatter
-from llmasos.peer.peer import Peer
-from tests.gateway.conftest import SPANS, Served, folder_of, read_events, serve
-
-HELLO = {"model": "tiny", "messages": [{"role": "user", "content": "hello"}], "max_tokens": 12, "seed": 3}
-GO_ON = {"model": "tiny", "prompt": "ab", "max_tokens": 9, "seed": 3}
-CHAT, COMPLETIONS = "/v1/chat/completions", "/v1/completions"
-
-
-def error_of(body: dict[str, Any]) -> dict[str, Any]:
-    """The error object, whose form never varies."""
-    assert list(body) == ["error"]
-    assert list(body["error"]) == ["message", "type", "param", "code"]
-    found: dict[str, Any] = body["error"]
-    return found
+from llmasos.config import ClientConfig
+from tests.gateway.conftest import CHAT, COMPLETIONS, GO_ON, HELLO, Served, error_of, folder_of, serve
 
 
 async def test_models(tiny_gateway: Served) -> None:
@@ -45,6 +27,19 @@ async def test_a_model_with_a_gap_is_not_offered(tiny: ModelSpec) -> None:
         error = error_of(await answer.json())
         assert error["code"] == "missing_blocks"
         assert "--blocks 2:3" in error["message"]
+
+
+async def test_a_model_in_other_numbers_is_not_offered(tiny: ModelSpec) -> None:
+    """A gateway for int8 over peers of float32: it has no model, and says how it would get one."""
+    async with serve(tiny, source=folder_of(tiny), client_config=ClientConfig(quantization="int8")) as served:
+        assert (await (await served.http.get("/v1/models")).json())["data"] == []
+        answer = await served.http.post(COMPLETIONS, json=GO_ON)
+        assert (answer.status, answer.headers["Retry-After"]) == (503, "5")
+        error = error_of(await answer.json())
+        assert error["code"] == "missing_blocks"
+        assert "0:5" in error["message"]
+        assert "not in float32 int8" in error["message"]
+        assert "--quantize int8" in error["message"]
 
 
 async def test_a_stream_says_what_the_answer_in_one_piece_says(tiny_gateway: Served) -> None:
@@ -159,282 +154,6 @@ async def test_biases_and_stops(tiny_gateway: Served) -> None:
     assert stopped["usage"]["completion_tokens"] == 3
     stream = await tiny_gateway.stream(COMPLETIONS, {**biased, "stop": [f"{letter}x"]})
     assert stream.text() == 9 * letter
-
-
-@pytest.mark.parametrize(
-    ("body", "status", "param"),
-    [
-        ({**HELLO, "model": "huge"}, 404, "model"),
-        ({**HELLO, "model": "/etc"}, 404, "model"),
-        ({**HELLO, "max_tokens": 250}, 400, "messages"),
-        ({**HELLO, "logit_bias": {"259": 1}}, 400, "logit_bias"),
-        ({**HELLO, "tools": [{"type": "function", "function": {"name": "f"}}]}, 400, "tools"),
-        ({**HELLO, "best_of": 2}, 400, "best_of"),
-    ],
-    ids=str,
-)
-async def test_wrong_requests(body: dict[str, Any], status: int, param: str, tiny_gateway: Served) -> None:
-    for stream in (False, True):
-        found, answer = await tiny_gateway.post(CHAT, {**body, "stream": stream})
-        assert (found, error_of(answer)["param"]) == (status, param)
-        assert error_of(answer)["type"] == "invalid_request_error"
-
-
-async def test_a_prompt_outside_the_vocabulary(tiny_gateway: Served) -> None:
-    status, answer = await tiny_gateway.post(COMPLETIONS, {**GO_ON, "prompt": [5, 259]})
-    assert (status, error_of(answer)["param"]) == (400, "prompt")
-
-
-async def test_errors_of_http_itself_are_json(tiny_gateway: Served) -> None:
-    http = tiny_gateway.http
-    cases = [
-        (await http.get("/nowhere"), 404),
-        (await http.get(CHAT), 405),
-        (await http.post("/v1/models"), 405),
-        (await http.post(CHAT, data=b"{", headers={"Content-Type": "application/json"}), 400),
-        (await http.post(CHAT, data=b"{}", headers={"Content-Type": "text/plain"}), 415),
-        (await http.post(CHAT, data=BytesIO(b" " * (5 * 2**20)), headers={"Content-Type": "application/json"}), 413),
-        (await http.get("/web/..%2fgateway.py"), 404),
-        (await http.get("/health", headers={"Host": "evil.example"}), 403),
-    ]
-    for answer, status in cases:
-        assert answer.status == status
-        assert answer.content_type == "application/json"
-        assert answer.headers["x-request-id"].startswith("req_")
-        error_of(await answer.json())
-    assert (await http.post("/v1/models")).headers["Allow"] == "GET,HEAD"
-    named = await http.get("/health", headers={"x-request-id": "mine-7"})
-    assert named.headers["x-request-id"] == "mine-7"
-    assert "Access-Control-Allow-Origin" not in named.headers
-
-
-@pytest.mark.parametrize(
-    ("raw", "status"),
-    [
-        (b"GET /health HTTP/1.1\r\nHost: x\r\nX-Long: " + b"a" * 9_000 + b"\r\n\r\n", 431),
-        (b"GET /" + b"a" * 9_000 + b" HTTP/1.1\r\nHost: x\r\n\r\n", 431),
-        (b"GET /health HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer SECRET\x01\r\n\r\n", 400),
-        (b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\r\n\r\n", 400),
-        (b"POST /tokenize HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
-         b"Content-Encoding: gzip\r\nContent-Length: 2\r\n\r\n{}", 400),
-    ],
-    ids=["header", "line", "key", "tls", "gzip"],
-)  # fmt: skip
-async def test_what_is_no_request_is_refused_as_json(
-    raw: bytes, status: int, listening: str, caplog: pytest.LogCaptureFixture
-) -> None:
-    url = URL(listening)
-    assert url.host is not None
-    reader, writer = await asyncio.open_connection(url.host, url.port)
-    writer.write(raw + b"GET")  # what comes behind it is not read
-    head = (await reader.readuntil(b"\r\n\r\n")).decode().lower()
-    length = int(head.partition("content-length: ")[2].partition("\r")[0])
-    error_of(json.loads(await reader.readexactly(length)))
-    assert int(head.split()[1]) == status
-    assert "content-type: application/json" in head
-    assert "x-request-id: req_" in head
-    assert "SECRET" not in caplog.text
-    writer.close()
-    await writer.wait_closed()
-
-
-async def until(condition: Callable[[], bool]) -> None:
-    """Wait for something that nobody announces."""
-    async with asyncio.timeout(20):
-        while not condition():  # noqa: ASYNC110
-            await asyncio.sleep(0.01)
-
-
-@pytest.mark.parametrize("stream", [False, True])
-async def test_a_client_that_goes_away_frees_every_hop(stream: bool, tiny_gateway: Served) -> None:
-    body = {**HELLO, "max_tokens": 230, "logit_bias": {"2": -100}, "stream": stream}
-    request = asyncio.create_task(tiny_gateway.http.post(CHAT, json=body))
-    await until(lambda: any(peer.engine.passes > 3 for peer in tiny_gateway.peers))
-    if stream:
-        (await request).close()
-    else:
-        request.cancel()
-    await until(lambda: tiny_gateway.gateway.admission.running == 0)
-    assert await tiny_gateway.kv_is_free()
-    assert (await (await tiny_gateway.http.get("/api/activity")).json())["running"] == []
-
-
-async def test_a_client_that_goes_away_while_it_waits(tiny: ModelSpec) -> None:
-    body = {**HELLO, "max_tokens": 200, "logit_bias": {"2": -100}, "stream": True}
-    async with serve(tiny, source=folder_of(tiny), max_running=1) as served:
-        first = await served.http.post(CHAT, json=body)
-        second = asyncio.create_task(served.http.post(CHAT, json=body))
-        admission = served.gateway.admission
-        await until(lambda: admission.waiting == 1)
-        second.cancel()
-        await until(lambda: admission.waiting == 0)
-        assert read_events(await first.read()).done
-        await until(lambda: admission.running == 0)
-        assert await served.kv_is_free()
-
-
-async def test_many_streams_at_once_say_what_each_says_alone(tiny_gateway: Served) -> None:
-    bodies = [{**GO_ON, "prompt": f"text {seed}", "seed": seed, "temperature": 0.7} for seed in range(8)]
-    alone = [(await tiny_gateway.stream(COMPLETIONS, body)).text() for body in bodies]
-    together = await asyncio.gather(*(tiny_gateway.stream(COMPLETIONS, body) for body in bodies))
-    assert [stream.text() for stream in together] == alone
-    assert len(set(alone)) == len(bodies)
-    assert await tiny_gateway.kv_is_free()
-
-
-async def test_a_peer_lost_in_mid_stream_is_replaced_or_told(tiny: ModelSpec) -> None:
-    body = {**HELLO, "max_tokens": 200, "logit_bias": {"2": -100}, "temperature": 0}
-
-    async def lose_one(served: Served, name: str) -> bytes:
-        answer = await served.http.post(CHAT, json={**body, "stream": True})
-        first = await answer.content.readuntil(b"\n\n")
-        await crash(served.peers, name, served)
-        return first + await answer.read()
-
-    async with serve(tiny, [*SPANS, "0:2", "2:5"], source=folder_of(tiny)) as served:
-        _, whole = await served.post(CHAT, body)
-        stream = read_events(await lose_one(served, "used"))
-        assert stream.done
-        assert stream.text() == whole["choices"][0]["message"]["content"]
-        assert any(comment.startswith("rerouted") for comment in stream.comments)
-        (failover,) = (await (await served.http.get("/api/activity")).json())["failovers"]
-        assert len(failover["lost"]) == 1
-        assert failover["lost"][0] not in failover["now"]
-        assert failover["lost"][0]["peer"][-8:] in failover["why"]
-
-
-async def crash(peers: list[Peer], which: str, served: Served) -> None:
-    """End the peer that the running text goes through, as a crash would."""
-    (texts,) = served.gateway.watch.texts.values()
-    victim = texts.live[0].route[1]["peer"]
-    (peer,) = [peer for peer in peers if peer.network.peer_id == victim]
-    peer.network.die("killed")  # type: ignore[attr-defined]
-
-
-async def test_a_silent_stream_is_kept_alive(tiny: ModelSpec) -> None:
-    """By comments, which change nothing of what is said."""
-    body = {**HELLO, "max_tokens": 40, "logit_bias": {"2": -100}}
-    async with serve(tiny, source=folder_of(tiny), keep_alive_s=0.05) as served:
-        _, whole = await served.post(CHAT, body)
-        answer = await served.http.post(CHAT, json={**body, "stream": True})
-        raw = await answer.content.readuntil(b"\n\n")
-        network = served.peers[0].network
-        network.swarm.hang(network.peer_id)  # type: ignore[attr-defined]
-        while b": still at it" not in raw:
-            raw += await answer.content.readuntil(b"\n\n")
-        network.swarm.heal()  # type: ignore[attr-defined]
-        stream = read_events(raw + await answer.read())
-        assert stream.done
-        assert stream.text() == whole["choices"][0]["message"]["content"]
-        assert "still at it" in stream.comments
-
-
-async def test_a_stream_never_holds_half_a_character(tiny_gateway: Served) -> None:
-    """The model writes single bytes; the schema makes it write characters of two, three and four of them."""
-    said = "ä漢🦊"
-    schema = {"type": "object", "properties": {"a": {"const": said}}, "required": ["a"], "additionalProperties": False}
-    form = {"type": "json_schema", "json_schema": {"name": "x", "schema": schema}}
-    stream = await tiny_gateway.stream(CHAT, {**HELLO, "max_tokens": 60, "response_format": form})
-    pieces = [chunk["choices"][0]["delta"].get("content") or "" for chunk in stream.chunks]
-    assert set(said) <= set(pieces)
-    assert json.loads("".join(pieces)) == {"a": said}
-
-
-async def test_a_failure_in_mid_stream_is_an_event(tiny: ModelSpec) -> None:
-    from llmasos.config import ClientConfig
-
-    config = ClientConfig(wait_for_blocks_s=0.2)
-    async with serve(tiny, source=folder_of(tiny), client_config=config) as served:
-        body = {**HELLO, "max_tokens": 200, "logit_bias": {"2": -100}, "stream": True}
-        answer = await served.http.post(CHAT, json=body)
-        first = await answer.content.readuntil(b"\n\n")
-        await crash(served.peers, "used", served)
-        stream = read_events(first + await answer.read())
-        assert not stream.done
-        assert error_of(stream.chunks[-1])["code"] == "missing_blocks"
-
-
-async def test_the_trace_tells_the_route(tiny_gateway: Served) -> None:
-    answer = await tiny_gateway.http.post(CHAT, json=HELLO, headers={"x-llmasos-trace": "1"})
-    (text,) = (await answer.json())["llmasos"]["texts"]
-    assert [hop["blocks"] for hop in text["route"]] == SPANS
-    assert len(text["token_ids"]) == text["completion_tokens"]
-
-
-def adds_up(trace: dict[str, Any]) -> None:
-    told_ms = sum(hop[part] for hop in trace["hops"] for part in ("queue_ms", "compute_ms", "network_ms"))
-    assert trace["total_ms"] == pytest.approx(told_ms)
-    assert trace["total_ms"] == pytest.approx(sum(step["total_ms"] for step in trace["steps"]))
-    assert all(hop["compute_ms"] > 0 for hop in trace["hops"])
-
-
-async def test_the_trace_tells_where_the_time_went(tiny_gateway: Served) -> None:
-    body = HELLO | {"n": 2, "seed": 3}
-    answer = await tiny_gateway.http.post(CHAT, json=body, headers={"x-llmasos-trace": "1"})
-    whole = await answer.json()
-    assert len(whole["llmasos_trace"]) == 2
-    for trace, text in zip(whole["llmasos_trace"], whole["llmasos"]["texts"], strict=True):
-        adds_up(trace)
-        assert [hop["blocks"] for hop in trace["hops"]] == SPANS
-        assert sum(step["tokens"] for step in trace["steps"]) >= text["prompt_tokens"] + text["completion_tokens"] - 1
-    stream = await tiny_gateway.stream(CHAT, HELLO, **{"x-llmasos-trace": "1"})
-    (told,) = [chunk["llmasos_trace"] for chunk in stream.chunks if "llmasos_trace" in chunk]
-    adds_up(told[0])
-    plain = await tiny_gateway.http.post(CHAT, json=HELLO)
-    assert not [name for name in await plain.json() if name.startswith("llmasos")]
-
-
-async def test_what_is_logged_says_of_which_request_and_session(
-    tiny_gateway: Served, caplog: pytest.LogCaptureFixture
-) -> None:
-    caplog.handler.setFormatter(JsonFormatter())
-    caplog.set_level("DEBUG", "llmasos")
-    for name in ("one", "two"):
-        await tiny_gateway.post(CHAT, HELLO, **{"x-request-id": name})
-    await tiny_gateway.kv_is_free()
-    entries = [json.loads(line) for line in caplog.text.splitlines() if line.startswith("{")]
-    answered = [entry["request"] for entry in entries if "is answered with 200" in entry["message"]]
-    assert answered == ["one", "two"]
-    routed = {entry["request"]: entry["session"] for entry in entries if "goes through" in entry["message"]}
-    assert sorted(routed) == ["one", "two"]
-    begun = [entry["session"] for entry in entries if " begins: " in entry["message"]]
-    assert set(begun) == set(routed.values())
-    assert [begun.count(session) for session in sorted(set(begun))] == [2, 2]  # two sessions, on two peers each
-
-
-async def test_what_is_counted(tiny_gateway: Served) -> None:
-    await tiny_gateway.post(CHAT, HELLO)
-    page = await (await tiny_gateway.http.get("/metrics")).text()
-    for line in (
-        'llmasos_requests_total{endpoint="/v1/chat/completions",status="200"} 1.0',
-        'llmasos_tokens_total{kind="completion",model="tiny"} 12.0',
-        'llmasos_time_to_first_token_seconds_count{model="tiny"} 1.0',
-        'llmasos_swarm_weakest_block_peers{model="tiny"} 1.0',
-        "llmasos_texts_running 0.0",
-        'llmasos_hop_seconds_count{part="compute"} 2.0',
-    ):
-        assert line in page
-    health = await tiny_gateway.http.get("/health")
-    assert (health.status, (await health.json())["status"]) == (200, "ok")
-    assert "/v1/chat/completions" in (await (await tiny_gateway.http.get("/openapi.json")).json())["paths"]
-
-
-async def test_the_page_may_load_nothing_from_elsewhere(tiny_gateway: Served) -> None:
-    page = await tiny_gateway.http.get("/")
-    assert page.content_type == "text/html"
-    policy = page.headers["Content-Security-Policy"]
-    assert "default-src 'none'" in policy
-    assert "unsafe" not in policy
-    for name in ("page.js", "page.css"):
-        assert (await tiny_gateway.http.get(f"/web/{name}")).status == 200
-
-
-async def test_other_origins_only_when_asked(tiny: ModelSpec) -> None:
-    async with serve(tiny, source=folder_of(tiny), cors_origins=("https://mine.example",)) as served:
-        asked = await served.http.options(CHAT, headers={"Origin": "https://mine.example"})
-        assert (asked.status, asked.headers["Access-Control-Allow-Origin"]) == (204, "https://mine.example")
-        stranger = await served.http.get("/health", headers={"Origin": "https://other.example"})
-        assert "Access-Control-Allow-Origin" not in stranger.headers
 
 
 def test_bytes_of_tokens() -> None:

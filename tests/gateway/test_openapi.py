@@ -28,6 +28,19 @@ async def test_it_names_the_models_that_can_be_used(tiny_gateway: Served) -> Non
     assert body["properties"]["model"]["enum"] == ["tiny"]
 
 
+async def test_it_names_the_headers(tiny_gateway: Served) -> None:
+    document = await (await tiny_gateway.http.get("/openapi.json")).json()
+    for path, found in document["paths"].items():
+        for operation in found.values():
+            asked = {parameter["name"] for parameter in operation["parameters"] if parameter["in"] == "header"}
+            traced = {"x-llmasos-trace"} if path.endswith("/completions") else set()
+            assert asked == {"x-request-id"} | traced
+            assert "x-request-id" in operation["responses"]["200"]["headers"]
+    refusals = document["components"]["responses"]
+    assert all("x-request-id" in refusal["headers"] for refusal in refusals.values())
+    assert [status for status in refusals if "Retry-After" in refusals[status]["headers"]] == ["429", "503"]
+
+
 @pytest.mark.swarm  # it starts a process
 @pytest.mark.skipif(not SCHEMATHESIS.exists(), reason="schemathesis is not installed: make clients")
 async def test_whatever_is_sent_the_gateway_does_not_fail(listening: str, tmp_path: Path) -> None:

@@ -1,5 +1,3 @@
-from dataclasses import replace
-
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -62,7 +60,7 @@ def test_a_busier_or_slower_peer_is_dearer(busier: dict[str, float]) -> None:
 
 def test_our_own_sessions_that_no_record_shows_yet_count_like_announced_ones() -> None:
     announced = hop_cost(a_record(active_sessions=3), 5, WORK)
-    ours = hop_cost(a_record(), 5, WORK, replace(UNKNOWN, own_sessions=3))
+    ours = hop_cost(a_record(), 5, WORK, UNKNOWN._replace(own_sessions=3))
     assert ours.own_s == pytest.approx(announced.wait_s)
     # the pass that we arrive in the middle of is as long as the batch of all sessions
     assert ours.total_s == pytest.approx(announced.total_s)
@@ -89,13 +87,13 @@ def test_waiting_that_we_have_seen_is_not_counted_twice() -> None:
 
 
 def test_failures_cost_what_a_failover_does() -> None:
-    seen = replace(UNKNOWN, failures=3)
+    seen = UNKNOWN._replace(failures=3)
     assert hop_cost(a_record(), 2, WORK, seen).risk_s == 3 * FAILOVER_S
 
 
 def test_what_a_peer_has_just_said_of_its_load_counts_and_not_its_record() -> None:
     record, busy = a_record(active_sessions=5, queued_tokens=300), a_record(active_sessions=2, queued_tokens=40)
-    seen = replace(UNKNOWN, load=Load(sessions=2, queued_tokens=40, kv_free_tokens=9, seen_at=0.0))
+    seen = UNKNOWN._replace(load=Load(sessions=2, queued_tokens=40, kv_free_tokens=9, seen_at=0.0))
     assert hop_cost(record, 7, WORK, seen) == hop_cost(busy, 7, WORK)
 
 

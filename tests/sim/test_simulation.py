@@ -25,6 +25,7 @@ import llmasos.routing.planner
 import sim.auto
 import sim.runner
 import sim.swarm
+from llmasos.wire import Tensor
 from sim.baselines import make_policy
 from sim.network import SimSwarm
 from sim.regions import RELAY_RTT_S, Map
@@ -123,14 +124,13 @@ def problem_of(report: Report) -> str:
 
 
 def test_a_wrong_number_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
-    honest, rows_seen = sim.runner.run_block, []
+    honest, rows_seen = sim.runner.from_numbers, []
 
-    def dishonest(block: int, cache: "sim.runner.array[int]", rows: Sequence[int]) -> list[int]:
-        rows_seen.append(block)
-        outputs = honest(block, cache, rows)
-        return [row + 1 for row in outputs] if len(rows_seen) == 50 else outputs
+    def dishonest(rows: Sequence[int]) -> Tensor:
+        rows_seen.append(len(rows))
+        return honest([row + 1 for row in rows] if len(rows_seen) == 50 else rows)
 
-    monkeypatch.setattr(sim.runner, "run_block", dishonest)
+    monkeypatch.setattr(sim.runner, "from_numbers", dishonest)
     assert "a single machine gives" in problem_of(simulate(small(), 5))
 
 

@@ -21,10 +21,11 @@ from unittest import mock
 
 from llmasos.client.session import Session
 from llmasos.config import SESSION_LEASE_S, PeerConfig
+from llmasos.span import Span
 from sim import stream
 from sim.loop import run
 from sim.network import SimSwarm, peer_of
-from sim.runner import from_numbers, run_block, to_numbers
+from sim.runner import from_numbers, run_row, terms_of, to_numbers
 from sim.stream import Link
 from sim.swarm import SimClient, SimCluster, SimModel
 
@@ -50,7 +51,8 @@ class Schedule:
     def __post_init__(self) -> None:
         self.rng = random.Random(self.seed)
         self.with_whole = self.rng.random() < 0.25
-        self.machine: list[list[int]] = [[] for _ in range(MODEL.blocks)]  # one that computes the same, undisturbed
+        self.terms = terms_of(Span(0, MODEL.blocks))
+        self.machine: list[list[int]] = []  # by position: what each block of one that is left undisturbed has made
         self.harmed: dict[str, str] = {}  # name of a peer -> what it suffers from
         self.faults = asyncio.Event()
         self.failovers = 0
@@ -124,11 +126,11 @@ class Schedule:
         begin = asyncio.get_running_loop().time()
         answer = to_numbers(await session.forward(from_numbers(numbers), position=position, keep=keep))
         self.longest_s = max(self.longest_s, asyncio.get_running_loop().time() - begin)
-        expected = numbers
-        for block, cache in enumerate(self.machine):
-            del cache[position:]
-            expected = run_block(block, cache, expected)
-        assert answer == expected[tokens - keep :], (
+        del self.machine[position:]
+        for number in numbers:
+            before = self.machine[-1] if self.machine else [0] * len(self.terms)
+            self.machine.append(run_row(before, self.terms, number, len(self.machine)))
+        assert answer == [made[-1] for made in self.machine[-keep:]], (
             f"rows {position}:{len(held)} are not what one machine makes of them"
         )
 

@@ -121,6 +121,9 @@ function verdict(tone, headline, emphasis, detail, command) {
   $("fix").querySelector("code").textContent = command || "";
 }
 
+// Strangers choose the names of models: one must not become a command by itself. As Python's shlex.quote does it.
+const quoted = (text) => (/^[\w@%+=:,./-]+$/.test(text) ? text : `'${text.replaceAll("'", `'"'"'`)}'`);
+
 const join = () => ` --join ${state.activity.join[0] || "MULTIADDR"}`;
 
 function drawVerdict(shown) {
@@ -138,7 +141,7 @@ function drawVerdict(shown) {
   if (!shown.covered) {
     const gaps = shown.missing.join(", ");
     verdict("bad", `${shown.model} waits: `, `blocks ${gaps} have no peer`, "Serve them, and it is usable again:",
-      `python -m llmasos.peer --blocks ${shown.missing[0]} --model ${shown.model}${join()}`);
+      `python -m llmasos.peer --blocks ${shown.missing[0]} --model ${quoted(shown.model)}${join()}`);
   } else if (least === 1) {
     const alone = counts.filter((count) => count === 1).length;
     verdict("good", `${shown.model} is `, "usable",
@@ -312,7 +315,7 @@ function drawChart(id, field, words, when, sparse = false) {
   $(`${id}-now`).textContent = samples.length ? `${words(last)} ${when}, at most ${words(most)}` : "no samples yet";
   const top = most * 1.12;
   const end = state.activity.now;
-  const begin = Math.min(samples.length ? samples[0].at : end, end - 300);
+  const begin = Math.min(state.activity.samples.length ? state.activity.samples[0].at : end, end - 300);
   $(`${id}-from`).textContent = `${seconds(end - begin)} ago`;
   const points = samples.map((one) => [(600 * (one.at - begin)) / (end - begin), 120 - (116 * one[field]) / top]);
   const line = points.map(([x, y], index) => `${index ? "L" : "M"}${x.toFixed(1)} ${y.toFixed(1)}`).join("");
@@ -403,7 +406,7 @@ function drawSnippet() {
   const secret = state.failed || key() ? "YOUR_KEY" : "none";
   const auth = key() ? ` \\\n  -H 'Authorization: Bearer ${secret}'` : "";
   const snippets = {
-    curl: `curl ${base}/v1/chat/completions \\\n  -H 'Content-Type: application/json'${auth} \\\n  -d '{"model": ${name}, "messages": [{"role": "user", "content": "Hello!"}], "stream": true}'`,
+    curl: `curl ${base}/v1/chat/completions \\\n  -H 'Content-Type: application/json'${auth} \\\n  -d ${quoted(`{"model": ${name}, "messages": [{"role": "user", "content": "Hello!"}], "stream": true}`)}`,
     openai: `from openai import OpenAI\n\nclient = OpenAI(base_url="${base}/v1", api_key="${secret}")\nanswer = client.chat.completions.create(\n    model=${name},\n    messages=[{"role": "user", "content": "Hello!"}],\n)\nprint(answer.choices[0].message.content)`,
     langchain: `from langchain_openai import ChatOpenAI\n\nmodel = ChatOpenAI(base_url="${base}/v1", api_key="${secret}", model=${name})\nprint(model.invoke("Hello!").content)`,
     llmasos: `from llmasos import LLMasOS\n\nwith LLMasOS(endpoint="${base}") as client:\n    print(client.generate_text(prompt="The world is", model_name=${name}, max_length=100))`,
