@@ -2,8 +2,8 @@
 
     python benchmarks/quality.py [--model smollm2]
 
-One fixed text goes through all blocks and the head in each kind of numbers, as peers and clients have them. KL is the
-mean over the positions of KL(float32 || kind), in nats; `same` is how often both would choose the same next token.
+One fixed text goes through all blocks in each kind of numbers; the ends stay in float32. KL is the mean over the
+positions of KL(float32 || kind), in nats; `same` is how often both would choose the same next token.
 """
 
 import argparse
@@ -43,19 +43,17 @@ the feeling, when one sees it from the sea at night, that somebody is awake.
 @torch.inference_mode()
 def main(model: str) -> None:
     spec = resolve(model)
-    ids, span = load_tokenizer(spec)(TEXT)["input_ids"], Span(0, spec.blocks)
+    ends, ids = load_ends(spec), load_tokenizer(spec)(TEXT)["input_ids"]
+    rows, span = ends.embed(ids, 0), Span(0, spec.blocks)
     targets = torch.tensor(ids[1:])
     reference: torch.Tensor | None = None
     print(f"{spec.name}, {len(ids)} tokens of English prose")
     print(f"  {'':<9} {'MB of weights':>13} {'perplexity':>11} {'KL':>9} {'same':>6}")
     for dtype, quantize in KINDS:
         blocks = load_blocks(spec, span, dtype=dtype, quantize=quantize)
-        ends = load_ends(spec, dtype=dtype, quantization=quantize)
-        chunk = BlockChunk(blocks.new_cache(), span, 0, ends.embed(ids, 0))
+        chunk = BlockChunk(blocks.new_cache(), span, 0, rows.to(blocks.torch_dtype))
         out = blocks.forward([chunk])[0].float()
-        logprobs = torch.log_softmax(torch.cat([ends.logits(part) for part in out.to(ends.torch_dtype).split(64)]), -1)[
-            :-1
-        ]
+        logprobs = torch.log_softmax(torch.cat([ends.logits(part) for part in out.split(64)]), -1)[:-1]
         reference = logprobs if reference is None else reference
         perplexity = torch.nn.functional.nll_loss(logprobs, targets).exp()
         divergence = torch.nn.functional.kl_div(logprobs, reference, reduction="batchmean", log_target=True)

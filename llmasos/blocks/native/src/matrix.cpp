@@ -3,6 +3,9 @@
 #include <algorithm>
 #include <cmath>
 #include <cstring>
+#include <future>
+#include <thread>
+#include <vector>
 
 #include "memory.h"
 
@@ -40,6 +43,7 @@ int64_t bytes_of_panel(Kind kind, int64_t k) {
 }
 
 constexpr int64_t GROUP_BYTES = PANEL * 4 + PANEL * GROUP / 2;  // INT4
+constexpr int64_t PARALLEL = 1 << 20;  // so many weights are worth threads
 
 // One output, column `column` of panel `panel`.
 struct Place {
@@ -95,9 +99,13 @@ Rounding rounded(const float* w, const float* weight, int count, float scale, fl
     return out;
 }
 
-// Begins with the whole range, and then looks for a range a little smaller, or larger, whose best line through the
-// levels (least squares) costs less: few weights at the ends may be cut so that all others are nearer. Errors count by
-// the size of the weight, as in llama.cpp's K-quants: large ones are there for a reason.
+// How many steps of the scale the range of a group is tried to be. First whole numbers: weights that have been rounded
+// to four bits before, as in a GGUF file, lie on such a grid, and are found again. Then what is best for others: few
+// weights at the ends may be cut so that all others are nearer.
+constexpr float STEPS[] = {15, 14, 13, 12, 11, 10, 9, 8, 14.5f, 13.5f};
+
+// For each of them, the best line through the levels (least squares). Errors count by the size of the weight, as in
+// llama.cpp's K-quants: large ones are there for a reason.
 Rounding best_rounding(const float* w, int count) {
     float weight[GROUP], least = w[0], most = w[0], mean = 0;
     for (int k = 0; k < count; k++) {
@@ -108,8 +116,10 @@ Rounding best_rounding(const float* w, int count) {
     for (int k = 0; k < count; k++) weight[k] = mean + std::fabs(w[k]);
     Rounding best = rounded(w, weight, count, (most - least) / 15.0f, least);
     if (!(most > least) || !std::isfinite(most - least)) return best;
-    for (int i = 0; i < 12; i++) {
-        const float inverse = (13.6f + 0.2f * static_cast<float>(i)) / (most - least);
+    const float on_grid = 1e-5f * mean * mean * mean * static_cast<float>(count);
+    for (const float steps : STEPS) {
+        if (best.error < on_grid) break;
+        const float inverse = steps / (most - least);
         float n = 0, q = 0, qq = 0, x = 0, qx = 0;
         for (int k = 0; k < count; k++) {
             const float l = level(w[k], least, inverse);
@@ -167,8 +177,10 @@ void free_matrix(Matrix& m) {
     m.scales = m.bias = nullptr;
 }
 
-void pack(Matrix& m, const float* weight, const float* bias) {
-    for (int n = 0; n < m.outputs; n++) {
+namespace {
+
+void pack_some(Matrix& m, const float* weight, const float* bias, int begin, int end) {
+    for (int n = begin; n < end; n++) {
         const float* row = weight + int64_t{n} * m.inputs;
         const Place place{m.data + n / PANEL * m.panel_bytes, n % PANEL};
         if (m.bias) m.bias[n] = bias[n];
@@ -185,6 +197,19 @@ void pack(Matrix& m, const float* weight, const float* bias) {
                 break;
         }
     }
+}
+
+}  // namespace
+
+void pack(Matrix& m, const float* weight, const float* bias) {
+    const int64_t weights = int64_t{m.outputs} * m.inputs;
+    const int parts = weights < PARALLEL ? 1 : std::max(1, int(std::thread::hardware_concurrency()));
+    std::vector<std::future<void>> others;  // each waits for its part when it goes
+    auto bound = [&](int part) { return int(int64_t{m.outputs} * part / parts); };
+    for (int part = 1; part < parts; part++)
+        others.push_back(std::async(std::launch::async,
+                                    [&, part] { pack_some(m, weight, bias, bound(part), bound(part + 1)); }));
+    pack_some(m, weight, bias, 0, bound(1));
 }
 
 void unpack(const Matrix& m, float* weight) {

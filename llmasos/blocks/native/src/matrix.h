@@ -47,7 +47,7 @@ struct Matrix {
 Matrix make_matrix(Kind kind, int outputs, int inputs, bool with_bias);
 void free_matrix(Matrix& matrix);
 
-// Pack (and quantise) all outputs from row-major float32, (outputs, inputs). Throws std::bad_alloc.
+// Pack (and quantise) all outputs from row-major float32, (outputs, inputs). Throws std::exception.
 void pack(Matrix& matrix, const float* weight, const float* bias);
 
 // The weights as the kernels use them, row-major float32: what `pack` was given, after rounding.
