@@ -1,6 +1,7 @@
 """What links of 50 ms cost, and what pipelining and guessing save of it, as ratios in one run.
 
     python benchmarks/links.py [--latency 50ms] [--rounds 3] [--new-tokens 48] [--prompt-tokens 2000]
+    python benchmarks/links.py --codecs [--bandwidth 10mbit] [--latency 50ms] [--rounds 3] [--prompt-tokens 2000]
 
 Decoding: smollm2 in float32 on three peers, each a process of its own, once as they are and once with that latency
 (one way) on every link (`sim/links.py`). A token crosses four links, so there can be no more than 1 / (4 x latency +
@@ -13,6 +14,8 @@ Prefill: three peers and a client with a libp2p daemon each, in this process, wh
 computing (`sim/runner.py`): stages that are equally long and do not compete for the cores of this machine. The bar is
 against the sum of the stages, links left out. With `--real` also smollm2's own blocks, against the processor time of
 the peers: on two cores three stages can overlap by a third at most.
+
+Codecs: `--codecs` alone measures the first token of smollm2's own blocks over links of `--bandwidth`, for each codec.
 """
 
 import argparse
@@ -22,17 +25,18 @@ import time
 from collections.abc import Awaitable, Callable
 from contextlib import AsyncExitStack
 from functools import partial
+from typing import get_args
 
 import uvloop
 
 from llmasos.client.async_client import AsyncLLMasOS
 from llmasos.client.generate import Generation
-from llmasos.config import ClientConfig, NetworkConfig
+from llmasos.config import ClientConfig, Codec, NetworkConfig
 from llmasos.network import Network
 from llmasos.p2p import P2PNetwork
 from llmasos.peer.runner import Speed
 from llmasos.span import Span
-from sim.links import LinkedNetwork, LinkPlan, Links, parse_latency
+from sim.links import LinkedNetwork, LinkPlan, Links, parse_bandwidth, parse_latency
 from sim.local import LinkedSwarm, LocalSwarm, cpu_s, split_evenly
 from sim.runner import from_numbers
 from sim.stream import LOOPBACK, Link
@@ -138,12 +142,44 @@ async def real_prefill(latency_s: float, tokens: int, rounds: int) -> None:
     ratio("the same, smollm2 / processor time of its peers", statistics.median(ratios), "no bar")
 
 
+async def codecs(latency_s: float, bytes_per_s: float, tokens: int, rounds: int) -> None:
+    """What a prompt and the tokens behind it take over slow links, in turns; each prompt is a new one."""
+    names = [f"peer{number}" for number in range(1, PEERS + 1)]
+    async with LinkedSwarm(LinkPlan(Link(latency_s, bytes_per_s)), names) as swarm:
+        await swarm.start_peers(split_evenly(30, PEERS))
+        found: dict[Codec, list[Generation]] = {codec: [] for codec in get_args(Codec)}
+        for number in range(rounds):
+            for codec, results in found.items():
+                async with AsyncLLMasOS(
+                    swarm.address,
+                    config=ClientConfig(codec=codec, speculate=False, share_prefixes=False),
+                    network=await swarm.client_network(),
+                ) as client:
+                    generator = await client.generator("smollm2")
+                    ids = (await generator.encode(f"{number} {PROSE * 40}"))[:tokens]
+                    await client.generate("The links are", max_new_tokens=2)  # everybody has met
+                    results.append(await client.generate(generator.tokenizer.decode(ids), max_new_tokens=16))
+        for codec, results in found.items():
+            first_s = statistics.median(one.time_to_first_token_s for one in results)
+            speed = statistics.median(one.tokens_per_s for one in results)
+            print(f"{codec:9} first token {first_s:6.2f} s, then {speed:5.2f} tokens/s", flush=True)
+        for codec, results in found.items():
+            pairs = zip(results, found["exact"], strict=True)
+            share = statistics.median(one.time_to_first_token_s / exact.time_to_first_token_s for one, exact in pairs)
+            ratio(f"first token of {tokens}, {codec} / exact", share, "no bar")
+
+
 def ratio(name: str, value: float, bar: str) -> None:
     print(f"{name:48} {value:6.3f}   ({bar})", flush=True)
 
 
-async def main(latency: str, rounds: int, new_tokens: int, prompt_tokens: int, real: bool) -> None:
+async def main(
+    latency: str, rounds: int, new_tokens: int, prompt_tokens: int, real: bool, codecs_only: bool, bandwidth: str
+) -> None:
     latency_s = parse_latency(latency)
+    if codecs_only:
+        await codecs(latency_s, parse_bandwidth(bandwidth), prompt_tokens, rounds)
+        return
     await prefill(latency_s, prompt_tokens, rounds)
     if real:
         await real_prefill(latency_s, prompt_tokens, rounds)
@@ -157,4 +193,6 @@ if __name__ == "__main__":
     options.add_argument("--new-tokens", type=int, default=48)
     options.add_argument("--prompt-tokens", type=int, default=2_000)
     options.add_argument("--real", action="store_true", help="prefill with smollm2's own blocks too")
+    options.add_argument("--codecs", action="store_true", dest="codecs_only", help="measure the codecs, nothing else")
+    options.add_argument("--bandwidth", default="10mbit", help="of every link, for the codecs (default: %(default)s)")
     uvloop.run(main(**vars(options.parse_args())))

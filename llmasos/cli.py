@@ -278,7 +278,7 @@ def _is_gateway(join: list[str]) -> bool:
     return any(address.startswith(("http://", "https://")) for address in join)
 
 
-def _begin(args: Namespace) -> Coroutine[Any, Any, None]:
+def begin(args: Namespace) -> Coroutine[Any, Any, None]:
     """Run a command, once its addresses can be ones: what is mistyped is told before anything is loaded."""
     join: list[str] = getattr(args, "join", None) or []
     if not _is_gateway(join):
@@ -296,7 +296,7 @@ def main() -> None:
     """The entry point."""
     args = build_parser().parse_args()
     set_up_logging(debug=args.debug, form=getattr(args, "log_format", "pretty"))
-    run(_begin, args)
+    run(begin, args)
 
 
 if __name__ == "__main__":

@@ -1,13 +1,18 @@
 """Commands as somebody types them, and what tests of real processes have in common."""
 
 import asyncio
+import io
 import sys
 from collections.abc import Iterable, Mapping
+from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
 import pytest
+
+from llmasos.cli import begin, build_parser
+from llmasos.errors import LLMasOSError, UsageError
 
 LLMASOS = str(Path(sys.executable).parent / "llmasos")
 
@@ -47,6 +52,21 @@ async def command(
         pytest.fail(f"{arguments} did not end in {timeout_s} s\n{stdout.decode()}\n{stderr.decode()}")
     assert process.returncode is not None
     return Finished(process.returncode, stdout.decode(), stderr.decode())
+
+
+async def llmasos_here(*arguments: str) -> Finished:
+    """An llmasos command in this process, which has loaded what takes seconds of processor time. That a process ends
+    with these codes, and without a traceback, is in tests/test_cli.py."""
+    stdout, stderr = io.StringIO(), io.StringIO()
+    args = build_parser().parse_args(arguments)
+    code = 0
+    with redirect_stdout(stdout), redirect_stderr(stderr):
+        try:
+            await begin(args)
+        except LLMasOSError as error:
+            code = 2 if isinstance(error, UsageError) else 1
+            sys.stderr.write(str(error))
+    return Finished(code, stdout.getvalue(), stderr.getvalue())
 
 
 def share_a_swarm(items: Iterable[pytest.Item], folder: Path, scope: Literal["module", "session"]) -> None:

@@ -199,7 +199,8 @@ class Texts:
                 ) as dialogue,
                 aclosing(self.generator.events(request, dialogue, prompt.ids, new_tokens)) as events,
             ):
-                live.dialogue, route = dialogue, live.route
+                live.dialogue = dialogue
+                route = live.route
                 if not request.score_prompt:  # else it is computed anew
                     live.cached_tokens = len(dialogue.held)
                 log.info(

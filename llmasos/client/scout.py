@@ -30,8 +30,9 @@ log = logging.getLogger(__name__)
 
 DRAWS = 2
 """Routes to choose among: with two the gap between the busiest and the mean is a constant, more hardly narrow it."""
-FIRST_DRAWS = 4
-"""The same while a route leads through peers that were never measured: one of four is likely in the right region."""
+FIRST_DRAWS = 8
+"""The same while a route leads through peers that were never measured: of the first peers of each span that are asked
+one is likely near, even where most are not."""
 FRESH_S = 0.5
 """So long an answer holds: a gateway that opens many sessions at once need not ask for each."""
 LOOK_S = 0.5

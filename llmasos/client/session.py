@@ -280,7 +280,7 @@ class Session:
     async def _replace(self, missing: list[Span]) -> None:
         """Put new hops where blocks are missing, and open them."""
         lost = self._hops.drop_lost()
-        if lost:
+        if any(hop.told is not None for hop in lost):  # who would not take us in was never ours to lose
             self.failovers += 1
         for hop in lost:
             self._connections.leave(hop)

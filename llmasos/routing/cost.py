@@ -2,7 +2,7 @@
 
 For a request of `p` prompt rows and `n` further ones, over `L` blocks of a peer whose span has `S`:
 
-    link     (1 + n) · (rtt/2 + HOP_S) + (p + n) · row_bytes / bandwidth         the way in, once a step
+    link     (1 + n) · (rtt + HOP_S) + (p + n) · row_bytes / bandwidth           the way in and out, once a step
     compute  L · (n · block_s + chunks · block_s + p · row_s)                    alone on the machine
     wait     queue_s + n · residual_s + L · n · active · CROWD_ROWS · row_s      what others there have announced
     own      the same for sessions of ours that the record cannot show yet
@@ -10,6 +10,10 @@ For a request of `p` prompt rows and `n` further ones, over `L` blocks of a peer
     doubt    what a claim costs more because we did not believe it this time
 
 All of it is `fixed_s + L · block_s`, which is what makes planning fast.
+
+Nobody knows how far peers are from one another. A peer that is far from us is taken to be as far from the hops beside
+it, which is right for one far hop among near ones: it costs both ways. Two far hops that are neighbours are charged for
+a way that they do not need, which keeps routes together where we are (measured: docs/log.md).
 
 **How far a claim is believed.** What we have seen outweighs what is claimed as the evidence grows: after `PRIOR` steps
 they count the same. A peer that we have never used is believed in every other plan; in the rest it counts as no better
@@ -54,9 +58,9 @@ class Work:
         return -(-self.prompt_tokens // PROMPT_CHUNK_TOKENS)
 
     def link_s(self, rtt_s: float) -> float:
-        """Seconds on the way into one hop, all steps together."""
+        """Seconds on the way into one hop and out of it, all steps together."""
         transfer_s = (self.prompt_tokens + self.new_tokens) * self.row_bytes / DEFAULT_BANDWIDTH_BYTES_PER_S
-        return (1 + self.new_tokens) * (rtt_s / 2 + HOP_S) + transfer_s
+        return (1 + self.new_tokens) * (rtt_s + HOP_S) + transfer_s
 
 
 class Offer(NamedTuple):

@@ -1,6 +1,7 @@
 """What the gateway tells beside its texts: traces, logs, metrics, the page."""
 
 import json
+import re
 from typing import Any
 
 import pytest
@@ -76,6 +77,13 @@ async def test_what_is_logged_says_of_which_request_and_session(
     answered = [entry["request"] for entry in entries if "is answered with 200" in entry["message"]]
     assert answered == ["one", "two"]
     routed = {entry["request"]: entry["session"] for entry in entries if "goes through" in entry["message"]}
+    hops = [
+        hop
+        for entry in entries
+        if "goes through" in entry["message"]
+        for hop in re.findall(r"[\d:]+ on", entry["message"])
+    ]
+    assert hops == 2 * [f"{span} on" for span in SPANS]
     assert sorted(routed) == ["one", "two"]
     begun = [entry["session"] for entry in entries if " begins: " in entry["message"]]
     assert set(begun) == set(routed.values())

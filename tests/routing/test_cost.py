@@ -33,7 +33,7 @@ observations = st.builds(
 def test_an_idle_peer_costs_link_and_compute_and_nothing_else() -> None:
     cost = hop_cost(a_record(block_seconds=0.002, row_seconds=0.0001), 4, WORK)
     transfer_s = 350 * 2_304 / 12.5e6
-    assert cost.link_s == pytest.approx(51 * (DEFAULT_RTT_S / 2 + HOP_S) + transfer_s)
+    assert cost.link_s == pytest.approx(51 * (DEFAULT_RTT_S + HOP_S) + transfer_s)
     assert cost.compute_s == pytest.approx(4 * (50 * 0.002 + 3 * 0.002 + 300 * 0.0001))  # 300 rows are 3 chunks
     assert (cost.wait_s, cost.own_s, cost.risk_s, cost.doubt_s) == (0, 0, 0, 0)
 

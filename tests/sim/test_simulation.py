@@ -113,6 +113,14 @@ def test_a_report_adds_up() -> None:
     json.dumps(report.as_dict(), allow_nan=False)
 
 
+def test_to_be_refused_is_no_failover() -> None:
+    crowded = load("flash-crowd")
+    crowd = msgspec.structs.replace(crowded.crowds[0], at_s=1, for_s=8, clients=60)
+    report = simulate(resize(msgspec.structs.replace(crowded, crowds=(crowd,)), peers=6, clients=2, duration_s=10), 3)
+    assert report.refused > 0
+    assert (report.failovers, report.violations) == (0, [])
+
+
 # --- what goes wrong is seen ----------------------------------------------------------------------------------------
 
 

@@ -17,6 +17,7 @@ from llmasos.blocks.registry import ModelSpec
 from llmasos.client.generate import Generation, GenerationRequest
 from llmasos.client.router import Router
 from llmasos.client.session import Session
+from llmasos.codec import pack
 from llmasos.config import ClientConfig, Codec, DType, PeerConfig
 from llmasos.errors import MissingBlocksError, UsageError
 from llmasos.network import Handler, Stream
@@ -26,7 +27,7 @@ from llmasos.peer.runner import Chunk, Fault, Speed
 from llmasos.routing.directory import Directory
 from llmasos.routing.planner import RouteRequest
 from llmasos.span import Span
-from llmasos.wire import PROTOCOL, Step, Tensor, decode
+from llmasos.wire import PROTOCOL, Result, Step, Tensor, decode, encode
 from sim.loop import run
 from sim.network import SimSwarm
 from tests.swarm.conftest import torch_swarm
@@ -89,7 +90,7 @@ def tensor(rows: Floats) -> Tensor:
     return Tensor("float32", rows.shape, memoryview(rows.astype(np.float32).tobytes()))
 
 
-@dataclass
+@dataclass(eq=False)
 class OldStream:
     """A stream as a peer sees it that was written before there were codecs: what it does not know, it ignores."""
 
@@ -112,6 +113,19 @@ class OldStream:
         await self.inner.close()
 
 
+class PackingStream(OldStream):
+    """A peer that packs its answers although nobody asked for that."""
+
+    async def send(self, frame: bytes) -> None:
+        message = decode(frame)
+        if isinstance(message, Result):
+            frame = encode(Result(step=message.step, hidden=pack(message.hidden, "int8")))
+        await self.inner.send(frame)
+
+    async def receive(self) -> bytes:
+        return await self.inner.receive()
+
+
 def without(frame: bytes, kind: str, field: str) -> bytes:
     fields = msgspec.msgpack.decode(frame[1:])
     if fields["type"] == kind:
@@ -127,15 +141,16 @@ class Swarm:
         self.peers: dict[str, Peer] = {}
         self._stack = stack
 
-    async def start(self, *spans: str, old: bool = False) -> None:
+    async def start(self, *spans: str, through: Callable[[Stream], Stream] | None = None) -> None:
+        """Peers whose inbound streams are as `through` makes them."""
         for span in spans:
             name = f"{span} no. {len(self.peers)}"
             place = await self._stack.enter_async_context(self.world.network(name))
             served = Served("chaotic", "chaotic", BLOCKS, 4_096)
             peer = Peer(place, ChaoticRunner(Span.parse(span)), served, PeerConfig(name=name), kv_tokens=8_192)
             self.peers[name] = await self._stack.enter_async_context(peer)
-            if old:
-                place.serve(PROTOCOL, partial(serve_as_before, peer.handler))
+            if through is not None:
+                place.serve(PROTOCOL, partial(serve_through, through, peer.handler))
 
     def kill(self, session: Session, *hops: int) -> None:
         for peer in [session.route.hops[hop].peer for hop in hops]:
@@ -152,8 +167,8 @@ class Swarm:
         return lambda prefix=(): Session(place, router, request, config, prefix=prefix)
 
 
-async def serve_as_before(handler: Handler, stream: Stream) -> None:
-    await handler(OldStream(stream))
+async def serve_through(through: Callable[[Stream], Stream], handler: Handler, stream: Stream) -> None:
+    await handler(through(stream))
 
 
 def in_swarm(scenario: Callable[[Swarm], Awaitable[T]]) -> T:
@@ -291,7 +306,9 @@ def test_a_failover_behind_a_shared_prefix_changes_no_bit(codec: Codec, lost: in
 
 
 def test_a_prefix_is_not_shared_between_routes_that_round_elsewhere() -> None:
-    async def scenario(swarm: Swarm) -> tuple[int, list[bytes]]:
+    """The last peer holds what the first session computed: of other roundings than what the newcomers then hold."""
+
+    async def scenario(swarm: Swarm) -> list[bytes]:
         await swarm.start("0:2", "2:6")
         new_session = await swarm.client("int8")
         async with new_session(PAGES) as session:
@@ -299,10 +316,31 @@ def test_a_prefix_is_not_shared_between_routes_that_round_elsewhere() -> None:
             swarm.kill(session, 0)
         await swarm.start("0:1", "1:2")
         await asyncio.sleep(30)
-        async with new_session(PAGES) as session:
-            return session.prefix_tokens, await write(swarm, session)
+        return await write_twice(swarm, new_session, {})
 
-    assert in_swarm(scenario) == (0, written("int8", "0:1", "1:2", "2:6"))
+    assert in_swarm(scenario) == written("int8", "0:1", "1:2", "2:6")
+
+
+def test_nor_is_what_was_named_before_the_route_was_known() -> None:
+    """A hop hangs while the session is opened, and two come in its place: the prompt is named anew on the others."""
+
+    async def scenario(swarm: Swarm) -> list[bytes]:
+        await swarm.start("0:2", "2:6")
+        new_session = await swarm.client("int8")
+        async with new_session() as session:  # the client gets to know them, before there are others
+            hanging = session.route.hops[0].peer
+            await session.forward(tensor(prompt()))
+        swarm.world.hang(hanging)
+        await swarm.start("0:1", "1:2")
+        async with new_session(PAGES) as session:
+            assert len(session.route.hops) == 3
+            await write(swarm, session)
+            swarm.world.heal()
+            swarm.kill(session, 0, 1)
+        await asyncio.sleep(60)
+        return await write_twice(swarm, new_session, {})
+
+    assert in_swarm(scenario) == written("int8", "0:2", "2:6")
 
 
 # --- peers that know less --------------------------------------------------------------------------------------------
@@ -314,7 +352,7 @@ def test_a_peer_that_knows_no_codec_is_spoken_to_in_plain_rows(codec: Codec) -> 
 
     async def scenario(swarm: Swarm) -> tuple[list[bytes], int]:
         await swarm.start("0:1", "1:2", "3:6")
-        await swarm.start("2:3", old=True)
+        await swarm.start("2:3", through=OldStream)
         async with (await swarm.client(codec))(PAGES) as session:
             return await write(swarm, session), session.failovers
 
@@ -329,7 +367,7 @@ def test_a_peer_that_knows_no_codec_is_spoken_to_in_plain_rows(codec: Codec) -> 
 def test_one_that_knows_no_codec_takes_over_no_hop_that_needs_it() -> None:
     async def scenario(swarm: Swarm) -> list[bytes]:
         async def trouble(swarm: Swarm, session: Session) -> None:
-            await swarm.start("2:4", old=True)
+            await swarm.start("2:4", through=OldStream)
             swarm.kill(session, 1)
             await asyncio.sleep(1)
             asyncio.get_running_loop().call_later(10, lambda: later.append(asyncio.ensure_future(swarm.start("2:4"))))
@@ -346,11 +384,22 @@ def test_one_that_knows_no_codec_takes_over_no_hop_that_needs_it() -> None:
 
 def test_where_there_is_nobody_else_the_blocks_are_missing() -> None:
     async def old_instead(swarm: Swarm, session: Session) -> None:
-        await swarm.start("2:4", old=True)
+        await swarm.start("2:4", through=OldStream)
         swarm.kill(session, 1)
 
     with pytest.raises(MissingBlocksError, match="2:4"):
         written("int8", *SPLIT, trouble={5: old_instead}, wait_for_blocks_s=3.0)
+
+
+def test_answers_are_plain_or_not_taken() -> None:
+    async def scenario(swarm: Swarm) -> tuple[list[bytes], int]:
+        await swarm.start("0:2", "2:4")
+        await swarm.start("4:6", through=PackingStream)
+        async with (await swarm.client("int8"))() as session:
+            await swarm.start("4:6")
+            return await write(swarm, session), session.failovers
+
+    assert in_swarm(scenario) == (written("int8", *SPLIT), 1)
 
 
 def test_a_codec_that_nobody_knows_is_refused_by_name() -> None:

@@ -100,8 +100,9 @@ async def ends(stream: Stream) -> None:
         encode(Close()),
         encode(step(0, 0, [1])),
         encode(Result(step=0, hidden=from_numbers([1]))),
+        encode(opening()).replace(b"\xa5exact", b"\xa5int31"),
     ],
-    ids=range(12),
+    ids=range(13),
 )
 def test_a_stream_that_begins_with_garbage(frame: bytes) -> None:
     async def scenario(stranger: SimNetwork, peer: Peer) -> None:
@@ -151,6 +152,8 @@ def wrong_tensor(dtype: DType, width: int) -> Tensor:
         (wrong_tensor("float32", 3), 0, "expected float32 rows of 2"),
         (from_numbers([2**63]), 0, "numbers that are none"),
         (from_numbers([1]), 7, "position 7"),
+        (Tensor("float32", (1, 3), memoryview(bytes(7)), "int8"), 0, "expected float32 rows of 2"),
+        (Tensor("float32", (1, 2), memoryview(b"\0\0\xc0\x7f\1\1"), "int8"), 0, "numbers that are none"),
     ],
 )
 def test_a_step_that_cannot_be(hidden: Tensor, position: int, words: str) -> None:
