@@ -83,7 +83,7 @@ async def gateway(swarm: LocalSwarm, *options: str) -> AsyncIterator[str]:
 
 @pytest_asyncio.fixture(scope="session", loop_scope="session")
 async def running() -> AsyncIterator[Running]:
-    """Started once: whoever kills a peer of it starts it again."""
+    """Started once: whoever needs all of its peers starts those again that others have killed."""
     async with LocalSwarm() as swarm:
         await Running(swarm, "").heal()
         async with gateway(swarm) as url:

@@ -21,6 +21,7 @@ async def test_local_completions_scores_as_hf_does(running: Running, tmp_path: P
     """With the tokenizer of the gateway, which lm-eval finds by itself."""
     file = resolve("smollm2").source.file.path
     offline = {"HF_HOME": str(tmp_path), "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(Path(__file__).parents[2])}
+    offline["OMP_NUM_THREADS"] = "1"  # the peers compute beside it
     arguments = ["-m", "tests.clients.evaluate", running.url, str(file.parent), file.name]
     done = await command(*arguments, cwd=TASKS, env={**os.environ, **offline}, timeout_s=280)
     assert done.code == 0, done.stderr

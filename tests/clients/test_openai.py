@@ -164,6 +164,7 @@ async def test_many_at_once(client: openai.AsyncOpenAI) -> None:
 async def test_a_peer_killed_in_mid_stream_changes_nothing(client: openai.AsyncOpenAI, running: Running) -> None:
     wanted: dict[str, Any] = {"model": "smollm2", "messages": TALE, "temperature": 0, "max_tokens": 60}
     traced = {"x-llmasos-trace": "1"}
+    await running.heal()
     whole = await client.chat.completions.create(**wanted, extra_headers=traced)
     stream = await client.chat.completions.create(**wanted, stream=True, extra_headers=traced)
     text, failovers, killed = "", 0, None
@@ -174,6 +175,5 @@ async def test_a_peer_killed_in_mid_stream_changes_nothing(client: openai.AsyncO
             killed = await running.kill_one_in_use()
         for trace in (chunk.model_extra or {}).get("llmasos", {}).get("texts", []):
             failovers = trace["failovers"]
-    await running.heal()
     assert text == whole.choices[0].message.content
     assert failovers == 1

@@ -46,9 +46,10 @@ async def page(browser: Any, running: Running) -> AsyncIterator[Any]:
     await context.close()
 
 
-async def test_it_says_first_whether_the_swarm_is_usable(page: Any) -> None:
+async def test_it_says_first_whether_the_swarm_is_usable(page: Any, running: Running) -> None:
     from playwright.async_api import expect
 
+    await running.heal()
     await expect(page.locator("#headline")).to_have_text("smollm2 is usable", timeout=30_000)
     await expect(page.locator("#peers tbody tr")).to_have_count(3, timeout=30_000)  # one may have been killed just now
     assert await page.locator("#map .bar").count() == 3
@@ -195,6 +196,8 @@ async def test_a_peer_killed_under_an_answer(page: Any, running: Running) -> Non
     """The answer goes on; the peer is gone from the page within 30 seconds, and the page says what happened."""
     from playwright.async_api import expect
 
+    await running.heal()
+    await expect(page.locator("#peers tbody tr")).to_have_count(3, timeout=30_000)
     await page.fill("#question", "Tell me a long story about a fox.")
     await page.press("#question", "Enter")
     await expect(page.locator(".talk .it")).to_contain_text(re.compile(r".{40}"), timeout=60_000)
@@ -206,5 +209,4 @@ async def test_a_peer_killed_under_an_answer(page: Any, running: Running) -> Non
     await page.wait_for_selector(".talk .said", timeout=120_000)
     assert await page.locator(".talk .wrong").count() == 0
     await expect(page.locator("#failovers li").first).to_contain_text("smollm2 lost 0:", timeout=10_000)
-    await running.heal()
     await expect(page.locator("#headline")).to_have_text("smollm2 is usable", timeout=30_000)
