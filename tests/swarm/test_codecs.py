@@ -17,7 +17,7 @@ from llmasos.blocks.registry import ModelSpec
 from llmasos.client.generate import Generation, GenerationRequest
 from llmasos.client.router import Router
 from llmasos.client.session import Session
-from llmasos.codec import pack
+from llmasos.codec import pack, unpack
 from llmasos.config import ClientConfig, Codec, DType, PeerConfig
 from llmasos.errors import MissingBlocksError, UsageError
 from llmasos.network import Handler, Stream
@@ -233,6 +233,21 @@ def test_the_codecs_are_told_apart() -> None:
     whole, plain, *lossy = (written("exact", "0:6"), *(written(codec, *SPLIT) for codec in ("exact", *LOSSY)))
     assert plain == whole
     assert all(len(set(answers)) == 3 for answers in zip(plain, *lossy, strict=True))
+
+
+@pytest.mark.parametrize("codec", LOSSY)
+def test_rows_are_packed_on_the_way_into_each_hop(codec: Codec) -> None:
+    """And not on the way back: what comes out is what the blocks make of rows that were rounded three times."""
+
+    async def by_hand() -> bytes:
+        rows = tensor(prompt())
+        for span in map(Span.parse, SPLIT):
+            (passed,) = await ChaoticRunner(span).run([Chunk("s", span, 0, unpack(pack(rows, codec)))])
+            assert isinstance(passed, Tensor)
+            rows = passed
+        return floats(rows)[-1].tobytes()
+
+    assert written(codec, *SPLIT)[0] == run(by_hand())
 
 
 @pytest.mark.parametrize("codec", ["exact", *LOSSY])
