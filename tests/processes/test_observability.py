@@ -6,7 +6,8 @@ import urllib.request
 
 from prometheus_client.parser import text_string_to_metric_families
 
-from llmasos.config import NetworkConfig
+from llmasos.client.async_client import AsyncLLMasOS
+from llmasos.config import PREFIX_PAGE_TOKENS, ClientConfig, NetworkConfig
 from llmasos.local import LocalProcess
 from llmasos.logs import session_label
 from llmasos.multiaddr import parse_multiaddr
@@ -49,16 +50,20 @@ async def test_a_peer_counts_what_it_does(swarm: LocalSwarm) -> None:
     about = next(name for name in before if name.startswith("llmasos_peer_info"))
     assert "blocks=0:30" in about
     assert f"peer={peer.peer_id}" in about
-    options = ("--join", swarm.address, "--max-new-tokens")
-    done = await command("llmasos", "generate", "The world is", *options, "10", "--json")
-    assert done.code == 0, done.stderr
+    prompt = "The world is " + ", ".join(map(str, range(20)))
+    async with AsyncLLMasOS(swarm.address, config=ClientConfig(speculate=False)) as client:
+        results = [await client.generate(prompt, max_new_tokens=10) for _ in range(2)]
     await be_refused(peer)
     after = await metrics_at(port)
-    assert after["llmasos_peer_tokens_total"] >= 3 + 9  # the prompt, and each token but the last
+    cached = after["llmasos_peer_prefix_tokens_total"]
+    assert cached == (results[0].prompt_tokens - 1) // PREFIX_PAGE_TOKENS * PREFIX_PAGE_TOKENS > 0
+    # the prompts but for what was cached, and each token but the last
+    asked = sum(result.prompt_tokens + result.completion_tokens - 1 for result in results)
+    assert after["llmasos_peer_tokens_total"] == asked - cached
     assert after["llmasos_peer_pass_seconds_count"] == after["llmasos_peer_batch_tokens_count"] >= 2
     assert after["llmasos_peer_batch_tokens_sum"] == after["llmasos_peer_tokens_total"]
     assert 0 < after["llmasos_peer_pass_seconds_sum"] < 60
-    assert after["llmasos_peer_queue_seconds_count"] >= 10
+    assert after["llmasos_peer_queue_seconds_count"] >= 20
     assert after["llmasos_peer_sessions_refused_total reason=unsupported"] == 1
     assert (after["llmasos_peer_sessions"], after["llmasos_peer_kv_used_tokens"]) == (0, 0)
     assert after["process_resident_memory_bytes"] > 1e8
