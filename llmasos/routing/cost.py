@@ -13,7 +13,7 @@ All of it is `fixed_s + L · block_s`, which is what makes planning fast.
 
 Nobody knows how far peers are from one another. A peer that is far from us is taken to be as far from the hops beside
 it, which is right for one far hop among near ones: it costs both ways. Two far hops that are neighbours are charged for
-a way that they do not need, which keeps routes together where we are (measured: docs/log.md).
+a way that they do not need, which keeps routes together where we are (docs/simulator.md says what it gains).
 
 **How far a claim is believed.** What we have seen outweighs what is claimed as the evidence grows: after `PRIOR` steps
 they count the same. A peer that we have never used is believed in every other plan; in the rest it counts as no better
