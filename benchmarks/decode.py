@@ -4,13 +4,14 @@
 
 Every contestant is a process of its own that lives through the whole run; they take turns, so that a machine whose
 speed drifts drifts for all of them. Absolute numbers repeat within a factor of two here; the ratios hold. The prompt is
-prose and nothing is guessed, but by the contestants that say so. `--all` adds the torch engine, and the compiled one
-with smaller weights.
+prose and nothing is guessed, but by the contestants that say so. A peer has one thread, as in a local swarm, unless it
+says that it has all cores, as the baseline has. `--all` adds the torch engine, and smaller weights.
 """
 
 import argparse
 import asyncio
 import json
+import os
 import statistics
 import sys
 import time
@@ -134,20 +135,25 @@ async def main(rounds: int, prompt_tokens: int, new_tokens: int, *, everything: 
             contestants["torch, bfloat16"] = through(
                 await plain_client(stack, half, dtype="bfloat16"), prompt, new_tokens
             )
-            half = await swarm(stack, 1, "--dtype", "bfloat16")
-            contestants["bfloat16"] = through(await plain_client(stack, half, dtype="bfloat16"), prompt, new_tokens)
-            for kind in ("int8", "int4"):
-                smaller = await swarm(stack, 1, "--quantize", kind)
-                contestants[kind] = through(await plain_client(stack, smaller, quantization=kind), prompt, new_tokens)
+            for threads, suffix in ((1, ""), (os.cpu_count() or 1, ", all cores")):
+                whole = await swarm(stack, 1, threads=threads) if suffix else one
+                contestants[f"1 peer{suffix}"] = through(await plain_client(stack, whole), prompt, new_tokens)
+                half = await swarm(stack, 1, "--dtype", "bfloat16", threads=threads)
+                to_half = await plain_client(stack, half, dtype="bfloat16")
+                contestants[f"bfloat16{suffix}"] = through(to_half, prompt, new_tokens)
+                for kind in ("int8", "int4"):
+                    smaller = await swarm(stack, 1, "--quantize", kind, threads=threads)
+                    to_smaller = await plain_client(stack, smaller, quantization=kind)
+                    contestants[f"{kind}{suffix}"] = through(to_smaller, prompt, new_tokens)
         speeds, tokens = await take_turns(contestants, rounds)
         process.terminate()
         await process.wait()
-    exact = [name for name in tokens if name not in INEXACT]
+    exact = [name for name in tokens if not any(kind in name for kind in INEXACT)]
     different = [name for name in exact if tokens[name] != tokens["transformers"]]
     report(speeds, prompt_tokens, new_tokens, different)
 
 
-INEXACT = ("torch, bfloat16", "bfloat16", "int8", "int4")
+INEXACT = ("bfloat16", "int8", "int4")
 """Whose tokens may differ from those of float32."""
 
 

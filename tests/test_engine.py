@@ -4,7 +4,9 @@ import asyncio
 import itertools
 from collections.abc import Sequence
 
-from llmasos.peer.engine import GATHER_S, Engine
+import pytest
+
+from llmasos.peer.engine import GATHER, Engine
 from llmasos.peer.runner import Fault, Speed
 from llmasos.peer.scheduler import Scheduler
 from llmasos.span import Span
@@ -14,6 +16,7 @@ from sim.runner import SimRunner, from_numbers
 
 SPAN = Span(0, 3)
 PASS_S = 0.004
+GATHER_S = GATHER * PASS_S
 
 
 def passes(arrivals: Sequence[float], *, silent: int = 0, silent_s: float = 0.0) -> tuple[int, list[float]]:
@@ -82,8 +85,72 @@ def test_nobody_is_waited_for_who_has_been_away_for_long() -> None:
     assert abs(done_s - PASS_S) < 1e-6
 
 
+def test_who_decoded_in_other_passes_is_not_waited_for() -> None:
+    """Two sessions, half a pass behind each other: no pass waits to have both."""
+
+    async def main() -> float:
+        loop = asyncio.get_running_loop()
+        runner = SimRunner(SPAN, Speed(first_row_s=PASS_S / len(SPAN), row_s=1e-9))
+        engine = Engine(runner, Scheduler(10_000, 64), loop.time)
+        serving = asyncio.create_task(engine.serve())
+        waits: list[float] = []
+
+        async def decode(name: str, begin: float) -> None:
+            engine.scheduler.admit(name, 100)
+            await asyncio.sleep(begin)
+            for step in range(20):
+                done = asyncio.Event()
+                began = loop.time()
+                engine.submit(name, SPAN, step, step, from_numbers([7]), lambda *_: done.set())  # noqa: B023
+                await done.wait()
+                waits.append(loop.time() - began)
+                await asyncio.sleep(3 * PASS_S)
+
+        await asyncio.gather(decode("a", 0.0), decode("b", 2 * PASS_S))
+        serving.cancel()
+        return max(waits)
+
+    assert run(main()) <= PASS_S + 1e-6
+
+
+@pytest.mark.parametrize(("away_s", "waits"), [(0.002, True), (0.1, False)])
+def test_a_prompt_lets_those_pass_first_who_are_about_to_return(away_s: float, waits: bool) -> None:
+    """Who is away for a moment shall not find a pass over a prompt begun; who is away for long holds up no prompt."""
+    row_s = 0.0001
+
+    async def main() -> tuple[list[float], float]:
+        loop = asyncio.get_running_loop()
+        runner = SimRunner(SPAN, Speed(first_row_s=PASS_S / len(SPAN), row_s=row_s / len(SPAN)))
+        scheduler = Scheduler(10_000, 256)
+        scheduler.prompt_rows = 100
+        engine = Engine(runner, scheduler, loop.time)
+        serving = asyncio.create_task(engine.serve())
+        scheduler.admit("text", 100)
+        scheduler.admit("prompt", 2000)
+        prompt_done = asyncio.Event()
+        engine.submit("prompt", SPAN, 0, 0, from_numbers([7] * 2000), lambda *_: prompt_done.set())
+        began, took = loop.time(), []
+        for step in range(100):
+            done = asyncio.Event()
+            at = loop.time()
+            engine.submit("text", SPAN, step, step, from_numbers([7]), lambda *_: done.set())  # noqa: B023
+            await done.wait()
+            if prompt_done.is_set():
+                break
+            took.append(loop.time() - at)
+            await asyncio.sleep(away_s)
+        serving.cancel()
+        return took, loop.time() - began
+
+    took, seconds = run(main())
+    alone_s = PASS_S + 100 * row_s
+    if waits:
+        assert max(took[2:]) <= alone_s + 1e-3, "it waits for no pass but its own"
+    assert seconds <= 2000 / 100 * (alone_s + (3 * away_s if waits else 0)) + 2 * away_s + 2 * alone_s
+
+
 def test_who_comes_later_has_the_next_pass() -> None:
-    count, (first_s, second_s) = passes([0.0, 0.0025])
+    count, (first_s, second_s) = passes([0.0, GATHER_S + 0.0015])
     assert count == 2
     assert first_s <= GATHER_S + PASS_S + 1e-6
     assert second_s <= 2 * PASS_S + 2 * GATHER_S + 1e-6

@@ -10,15 +10,19 @@ from dataclasses import dataclass, field
 
 from llmasos.config import PREFIX_PAGE_TOKENS
 from llmasos.history import History
+from llmasos.peer.absences import Absences
 from llmasos.peer.prefixes import Prefix, Prefixes
 from llmasos.peer.runner import Chunk, Fault, Runner
-from llmasos.peer.scheduler import Scheduler, Slice
+from llmasos.peer.scheduler import DECODE_ROWS, Batch, Scheduler, Slice
 from llmasos.peer.watcher import Watcher
 from llmasos.span import Span
 from llmasos.wire import Spent, Tensor, join_rows
 
-GATHER_S = 0.001
-"""How long a peer that was idle waits for the next step to join the first: a fraction of a pass over some blocks."""
+GATHER = 0.35
+"""Of the last pass: so long does a peer that was idle wait for the next of those who shared one. Less keeps sessions
+apart that then read every weight for themselves, more costs each of them that time on every hop (docs/log.md)."""
+WORTH_WAITING = 0.5
+"""Of a pass over prompts: who decodes and is due back within that share of it would have to wait for the rest."""
 
 Done = Callable[[Tensor | Fault, Spent], None]
 
@@ -58,6 +62,9 @@ class Engine:
         self._pending: dict[tuple[str, int], _Pending] = {}
         self._running: set[str] = set()
         self._leaving: set[str] = set()
+        self._absences = Absences()
+        self._pass_s = 0.0  # how long the last pass took
+        self._prompt_pass_s = 0.0  # how long the last pass with a prompt took
         self._wake = asyncio.Event()
 
     def submit(self, session: str, span: Span, step: int, position: int, hidden: Tensor, done: Done) -> None:
@@ -68,7 +75,9 @@ class Engine:
         """
         self.scheduler.submit(session, step, position, hidden.tokens)
         self.prefixes.make_way(self._clock())
-        self._pending[session, step] = _Pending(span, hidden, done, self._clock())
+        now = self._clock()
+        self._pending[session, step] = _Pending(span, hidden, done, now)
+        self._absences.returns(session, now)
         self._wake.set()
 
     def admit(self, session: str, tokens: int, prefix: Prefix | None = None) -> None:
@@ -98,6 +107,7 @@ class Engine:
         """Forget a session: its queued steps, its reservation and its kv, as soon as no pass uses it."""
         self._drop_steps(session)
         self.scheduler.release(session)
+        self._absences.forget(session)
         if session in self._running:
             self._leaving.add(session)
         else:
@@ -112,6 +122,8 @@ class Engine:
                 await self._wake.wait()
                 await self._gather()
                 continue
+            if await self._somebody_returned(batch):
+                continue
             self._running = {piece.session for piece in batch}
             begin = self._clock()
             results = await self.runner.run([self._chunk(piece) for piece in batch])
@@ -119,7 +131,10 @@ class Engine:
             self.passes += 1
             tokens = sum(piece.tokens for piece in batch)
             self.rows += tokens
-            self._watcher.ran(tokens, max(end - begin, 0.0))
+            self._pass_s = max(end - begin, 0.0)
+            if not all(self._decodes(piece) for piece in batch):
+                self._prompt_pass_s = self._pass_s
+            self._watcher.ran(tokens, self._pass_s)
             self.scheduler.finish(batch)
             self._running = set()
             for piece, result in zip(batch, results, strict=True):
@@ -132,11 +147,31 @@ class Engine:
 
         Without this the first would run alone, the others behind it, and every weight would be read twice from then on.
         """
-        while self.scheduler.returning_sessions:
+        while self.scheduler.missing_mates:
             waiting = self.scheduler.waiting_sessions
-            await asyncio.sleep(GATHER_S)
+            await asyncio.sleep(GATHER * self._pass_s)
             if self.scheduler.waiting_sessions == waiting:
                 return
+
+    async def _somebody_returned(self, batch: Batch) -> bool:
+        """Before a pass over prompts alone: wait a moment for those who decode and are about to be back."""
+        if any(self._decodes(piece) for piece in batch):
+            return False
+        wait_s = self._absences.wait_s(self._clock(), WORTH_WAITING * self._prompt_pass_s)
+        if wait_s <= 0:
+            return False
+        self._wake.clear()
+        try:
+            async with asyncio.timeout(wait_s):
+                await self._wake.wait()
+        except TimeoutError:
+            return False
+        return True
+
+    def _decodes(self, piece: Slice) -> bool:
+        """Whether it is a token, or a few guesses; not the end of a prompt, nor of one whose session has left."""
+        pending = self._pending.get((piece.session, piece.step))
+        return pending is not None and pending.hidden.tokens <= DECODE_ROWS
 
     def _chunk(self, piece: Slice) -> Chunk:
         pending = self._pending[piece.session, piece.step]
@@ -157,6 +192,8 @@ class Engine:
         pending.parts.append(result)
         if piece.completes:
             del self._pending[piece.session, piece.step]
+            if pending.hidden.tokens <= DECODE_ROWS:
+                self._absences.leaves(piece.session, end)
             queue_us, _ = spent = pending.spent(end)
             self._watcher.waited(queue_us / 1e6)
             pending.done(join_rows(pending.parts), spent)

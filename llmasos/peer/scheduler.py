@@ -112,6 +112,13 @@ class Scheduler:
         )
 
     @property
+    def missing_mates(self) -> int:
+        """How many sessions decoded in the same pass as one that waits now, and have not come back."""
+        sessions = self._sessions.values()
+        passes = {session.decoded_in for session in sessions if session.queue and session.decoded_in >= 0}
+        return sum(1 for session in sessions if not session.queue and session.decoded_in in passes)
+
+    @property
     def kv_free_tokens(self) -> int:
         return self.kv_tokens - self._reserved
 

@@ -1,0 +1,50 @@
+"""How long sessions that decode are away between two steps: to the client, through its head and back.
+
+A pass over nothing but prompts that begins while one is about to return makes its token wait for all of that pass.
+Pure bookkeeping; times are seconds of any one clock.
+"""
+
+from dataclasses import dataclass
+
+LATE = 1.5
+"""Times the usual absence: who is away for longer is expected no more."""
+
+
+@dataclass(slots=True)
+class _Absence:
+    since: float | None = None  # None: it is here
+    usual_s: float | None = None
+
+
+class Absences:
+    """Who is away since when, and for how long usually: the mean over the last few times."""
+
+    def __init__(self) -> None:
+        self._of: dict[str, _Absence] = {}
+
+    def leaves(self, session: str, now: float) -> None:
+        """A step of a session that decodes is done."""
+        self._of.setdefault(session, _Absence()).since = now
+
+    def returns(self, session: str, now: float) -> None:
+        """Its next step is here."""
+        absence = self._of.get(session)
+        if absence is None or absence.since is None:
+            return
+        gone_s, absence.since = now - absence.since, None
+        absence.usual_s = gone_s if absence.usual_s is None else absence.usual_s + (gone_s - absence.usual_s) / 4
+
+    def forget(self, session: str) -> None:
+        """It is over."""
+        self._of.pop(session, None)
+
+    def wait_s(self, now: float, within_s: float) -> float:
+        """How long to wait until all are back, or late, that are usually back within that time; 0: for nobody."""
+        ends = [
+            absence.since + LATE * absence.usual_s
+            for absence in self._of.values()
+            if absence.since is not None
+            and absence.usual_s is not None
+            and absence.since + absence.usual_s - now <= within_s
+        ]
+        return max(max(ends, default=now) - now, 0.0)
