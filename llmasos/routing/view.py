@@ -218,11 +218,17 @@ class SwarmView:
         return counts
 
     def missing(self, model: str, digest: str | None = None) -> list[Span]:
-        """The ranges of blocks that no ONLINE peer serves; empty for an unknown model, whose size nobody knows."""
+        """The ranges of blocks that no ONLINE peer serves; empty for an unknown model, whose size nobody knows.
+
+        Peers of different numbers do not complete each other, as no route mixes them: it is what those numbers lack
+        that lack the least.
+        """
         checkpoint = self.checkpoint(model, digest)
         if checkpoint is None:
             return []
-        return gaps((record.span for record in self._online(model, digest)), checkpoint.blocks)
+        pools = sorted(self.pools(model, checkpoint).items())
+        lacking = [gaps((offer.record.span for offer in pool.offers()), checkpoint.blocks) for _, pool in pools]
+        return min(lacking, key=lambda spans: sum(map(len, spans)), default=[Span(0, checkpoint.blocks)])
 
     def _online(self, model: str, digest: str | None) -> list[PeerRecord]:
         checkpoint = self.checkpoint(model, digest)

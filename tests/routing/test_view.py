@@ -82,8 +82,22 @@ def test_coverage_counts_the_online_peers_of_each_block(records: list[PeerRecord
         counts = [sum(block in record.span for record in online) for block in range(7)]
         assert view.coverage(model) == counts
         assert [len(view.serving(model, block)) for block in range(7)] == counts
+        held = [
+            {block for record in online if record.dtype == dtype for block in record.span.blocks()}
+            for dtype in ("float32", "bfloat16")
+        ]
         missing = {block for span in view.missing(model) for block in span.blocks()}
-        assert missing == {block for block in range(7) if not counts[block]}
+        assert missing in [set(range(7)) - blocks for blocks in held]
+        assert len(missing) == 7 - max(map(len, held))
+
+
+def test_peers_of_other_numbers_do_not_complete_each_other() -> None:
+    view = a_view(a_record("alice", "0:20"), a_record("bob", "20:30", dtype="bfloat16"))
+    assert view.missing("smollm2") == [Span(20, 30)]
+    (model,) = status(view, NOW)["models"]
+    assert not model["covered"]
+    view.add(a_record("carol", "0:20", dtype="bfloat16"))
+    assert view.missing("smollm2") == []
 
 
 @pytest.mark.parametrize("state", [PeerState.JOINING, PeerState.DRAINING, PeerState.OFFLINE])
