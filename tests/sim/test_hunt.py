@@ -17,14 +17,14 @@ def test_a_short_hunt_finds_nothing() -> None:
     ]
     assert not problems, "\n".join(problems)
     assert [verdict.seed for verdict in verdicts] == list(range(SEEDS))
-    assert sum(verdict.failovers for verdict in verdicts) > SEEDS
+    assert sum(verdict.failovers for verdict in verdicts) > SEEDS // 2, "the faults must hit somebody"
 
 
 def test_a_storm_breaks_nothing() -> None:
     scenario = resize(load("storm"), duration_s=20)
     verdicts = hunt(scenario, range(12))
     assert [(verdict.seed, verdict.problem) for verdict in verdicts if verdict.problem] == []
-    assert sum(verdict.failovers for verdict in verdicts) > 40
+    assert sum(verdict.failovers for verdict in verdicts) > 12, "the faults must hit somebody"
 
 
 def test_a_crash_of_the_simulator_is_a_finding_with_its_replay(monkeypatch: pytest.MonkeyPatch) -> None:
