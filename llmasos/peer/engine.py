@@ -38,6 +38,11 @@ class _Pending:
     computed_s: float = 0.0
     parts: list[Tensor] = field(default_factory=list)
 
+    @property
+    def decodes(self) -> bool:
+        """Whether it is a token, or a few guesses; the end of a prompt is not."""
+        return self.hidden.tokens <= DECODE_ROWS
+
     def spent(self, now: float) -> Spent:
         """How long it waited and was computed, in microseconds."""
         return round(1e6 * max(now - self.came_at - self.computed_s, 0.0)), round(1e6 * self.computed_s)
@@ -169,9 +174,9 @@ class Engine:
         return True
 
     def _decodes(self, piece: Slice) -> bool:
-        """Whether it is a token, or a few guesses; not the end of a prompt, nor of one whose session has left."""
+        """See `_Pending.decodes`; no step of a session that has left does."""
         pending = self._pending.get((piece.session, piece.step))
-        return pending is not None and pending.hidden.tokens <= DECODE_ROWS
+        return pending is not None and pending.decodes
 
     def _chunk(self, piece: Slice) -> Chunk:
         pending = self._pending[piece.session, piece.step]
@@ -192,7 +197,7 @@ class Engine:
         pending.parts.append(result)
         if piece.completes:
             del self._pending[piece.session, piece.step]
-            if pending.hidden.tokens <= DECODE_ROWS:
+            if pending.decodes:
                 self._absences.leaves(piece.session, end)
             queue_us, _ = spent = pending.spent(end)
             self._watcher.waited(queue_us / 1e6)
