@@ -30,7 +30,7 @@ def pack(rows: Tensor, codec: Codec) -> Tensor:
     if codec == "exact" or row_bytes(rows.hidden, rows.dtype, codec) >= row_bytes(rows.hidden, rows.dtype):
         return rows
     numbers = _floats(rows)
-    packed = _to_bfloat16(numbers) if codec == "bfloat16" else _to_int8(numbers)
+    packed = to_bfloat16(numbers) if codec == "bfloat16" else _to_int8(numbers)
     return Tensor(rows.dtype, rows.shape, packed.reshape(-1).data, codec)
 
 
@@ -39,11 +39,11 @@ def unpack(rows: Tensor) -> Tensor:
     if rows.codec == "exact":
         return rows
     packed = np.frombuffer(rows.data, np.uint8).reshape(rows.tokens, row_bytes(rows.hidden, rows.dtype, rows.codec))
-    numbers = _from_bfloat16(packed) if rows.codec == "bfloat16" else _from_int8(packed, rows.hidden)
+    numbers = from_bfloat16(packed) if rows.codec == "bfloat16" else _from_int8(packed, rows.hidden)
     return _tensor(numbers, rows.dtype)
 
 
-def _to_bfloat16(numbers: NDArray[np.float32]) -> NDArray[np.uint8]:
+def to_bfloat16(numbers: NDArray[np.float32]) -> NDArray[np.uint8]:
     """Rounded to nearest, ties to even. What rounds to no finite number is infinite."""
     bits = numbers.view(np.uint32)
     rounded = bits >> 16
@@ -57,7 +57,8 @@ def _to_bfloat16(numbers: NDArray[np.float32]) -> NDArray[np.uint8]:
     return halves.view(np.uint8)
 
 
-def _from_bfloat16(packed: NDArray[np.uint8]) -> NDArray[np.float32]:
+def from_bfloat16(packed: NDArray[np.uint8]) -> NDArray[np.float32]:
+    """What `to_bfloat16` gave, in float32."""
     halves: NDArray[np.uint16] = packed.view("<u2")
     numbers = np.zeros(halves.shape, "<f4")
     numbers.view("<u2")[:, 1::2] = halves
@@ -108,7 +109,7 @@ def _floats(rows: Tensor) -> NDArray[np.float32]:
         case "float32":
             return np.frombuffer(rows.data, np.float32).reshape(rows.shape)
         case "bfloat16":
-            return _from_bfloat16(np.frombuffer(rows.data, np.uint8).reshape(rows.tokens, 2 * rows.hidden))
+            return from_bfloat16(np.frombuffer(rows.data, np.uint8).reshape(rows.tokens, 2 * rows.hidden))
         case "float16":
             return np.frombuffer(rows.data, np.float16).reshape(rows.shape).astype(np.float32)
 
@@ -119,7 +120,7 @@ def _tensor(numbers: NDArray[np.float32], dtype: DType) -> Tensor:
         case "float32":
             data = np.ascontiguousarray(numbers).view(np.uint8)
         case "bfloat16":
-            data = _to_bfloat16(numbers)
+            data = to_bfloat16(numbers)
         case "float16":
             with np.errstate(over="ignore"):
                 data = numbers.astype("<f2").view(np.uint8)

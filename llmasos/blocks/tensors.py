@@ -12,6 +12,7 @@ import torch
 from numpy.typing import NDArray
 
 from llmasos.blocks.devices import DTYPES
+from llmasos.codec import from_bfloat16, to_bfloat16
 from llmasos.config import DType
 from llmasos.wire import Tensor
 
@@ -49,8 +50,7 @@ def to_floats(parts: Sequence[Tensor]) -> NDArray[np.float32]:
         case "float32":
             return np.frombuffer(together, np.float32).reshape(-1, hidden)
         case "bfloat16":
-            widened = np.frombuffer(together, np.uint16).astype(np.uint32) << 16
-            return widened.view(np.float32).reshape(-1, hidden)
+            return from_bfloat16(np.frombuffer(together, np.uint8).reshape(-1, 2 * hidden))
         case "float16":
             return np.frombuffer(together, np.float16).astype(np.float32).reshape(-1, hidden)
 
@@ -61,8 +61,7 @@ def from_floats(rows: NDArray[np.float32], dtype: DType) -> Tensor:
         case "float32":
             numbers = rows.reshape(-1).view(np.uint8)
         case "bfloat16":
-            bits = rows.reshape(-1).view(np.uint32)
-            numbers = ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16).astype(np.uint16).view(np.uint8)
+            numbers = to_bfloat16(rows).reshape(-1)
         case "float16":
             numbers = rows.reshape(-1).astype(np.float16).view(np.uint8)
     return Tensor(dtype, (rows.shape[0], rows.shape[1]), numbers.data)
