@@ -56,6 +56,9 @@ MIN_STAY_S = 300.0
 """Time between two moves of a peer that are not urgent; its sessions had to be moved, its weights loaded."""
 MOVE_DRAIN_S = 10.0
 """For sessions to leave a peer that moves; they do at their next step, and failover brings in the others."""
+URGENT_DRAIN_S = 2.0
+"""The same when some blocks have no peer. No session can take a step then, so that none would leave: they wait for the
+very blocks that this peer is about to bring. A session that steps all the same has found a peer that we have not."""
 
 # --- sessions --------------------------------------------------------------------------------------------------------
 

@@ -7,7 +7,7 @@ from types import TracebackType
 from typing import Self
 
 from llmasos import __version__
-from llmasos.config import MOVE_DRAIN_S, PROMPT_STRETCH, PeerConfig
+from llmasos.config import MOVE_DRAIN_S, PROMPT_STRETCH, URGENT_DRAIN_S, PeerConfig
 from llmasos.network import Network
 from llmasos.peer.announce import Announcer
 from llmasos.peer.engine import Engine
@@ -48,6 +48,7 @@ class Peer:
         self._config = config
         self._incarnation = int(network.now() * 1000)
         self._next_span: Span | None = None
+        self._drain_timeout_s = config.drain_timeout_s
         self._tasks: list[asyncio.Task[None]] = []
         self._failed: asyncio.Future[None] | None = None
 
@@ -73,9 +74,10 @@ class Peer:
         await self.handler.cut_off()
         await self.announcer.announce(PeerState.OFFLINE if self._next_span is None else PeerState.JOINING)
 
-    def move_to(self, span: Span) -> None:
+    def move_to(self, span: Span, *, urgent: bool) -> None:
         """Say where this peer is going to be found: it is left for good, and others can count on it there."""
         self._next_span = span
+        self._drain_timeout_s = min(self._drain_timeout_s, URGENT_DRAIN_S if urgent else MOVE_DRAIN_S)
 
     async def wait_failed(self) -> None:
         """Return never, or raise what ended the engine or the announcer: a peer that cannot compute must not stay."""
@@ -83,7 +85,7 @@ class Peer:
         await asyncio.shield(self._failed)
 
     async def drain(self) -> None:
-        """Take no new session, and give the running ones `drain_timeout_s` to move elsewhere or to end."""
+        """Take no new session, and give the running ones a while to move elsewhere or to end."""
         if self.handler.draining:
             return
         moving = self._next_span is not None
@@ -91,12 +93,11 @@ class Peer:
         await self.announcer.announce(PeerState.JOINING if moving else PeerState.DRAINING)
         if self.handler.sessions:
             log.info("draining: %d sessions still run", self.handler.sessions)
-        timeout_s = min(self._config.drain_timeout_s, MOVE_DRAIN_S) if moving else self._config.drain_timeout_s
         try:
-            async with asyncio.timeout(timeout_s):
+            async with asyncio.timeout(self._drain_timeout_s):
                 await self.handler.wait_until_idle()
         except TimeoutError:
-            log.warning("%d sessions did not end in %.0f s", self.handler.sessions, timeout_s)
+            log.warning("%d sessions did not end in %.0f s", self.handler.sessions, self._drain_timeout_s)
 
     def describe(self, state: PeerState) -> PeerRecord:
         """The record of this moment."""

@@ -38,7 +38,7 @@ class Lookout:
         self._describe = describe
         self._rng = rng
 
-    async def wait_for_move(self) -> Span:
+    async def wait_for_move(self) -> Move:
         """Return where to move, once it is certain. Whoever could move as well waits a while of its own, and looks
         again: the first to go announces it, and the others see that they are not needed.
         """
@@ -54,7 +54,7 @@ class Lookout:
             await asyncio.sleep(self._rng.uniform(0.0, most_s))
             again = await self._look()
             if again is not None and again.urgent >= move.urgent:
-                return again.span
+                return again
 
     async def _look(self) -> Move | None:
         record = self._describe()
@@ -143,11 +143,12 @@ class Resident:
         async with peer:
             self.peer = peer
             await self._host.ready(peer)
-            going_to = await self._stay(peer, stop)
+            move = await self._stay(peer, stop)
+            going_to = move.span if move is not None else None
             self._host.leaving(going_to)
-            if going_to is not None:
+            if move is not None:
                 self.moved += 1
-                peer.move_to(going_to)
+                peer.move_to(move.span, urgent=move.urgent)
         return going_to, peer.speed, loaded.runner.dtype
 
     @asynccontextmanager
@@ -189,7 +190,7 @@ class Resident:
         finally:
             await tasks.close()
 
-    async def _stay(self, peer: Peer, stop: asyncio.Event) -> Span | None:
+    async def _stay(self, peer: Peer, stop: asyncio.Event) -> Move | None:
         """Until it is time to go: the span to move to, None for good. Raises when the peer can no longer serve."""
         lookout = Lookout(self._directory, lambda: peer.describe(PeerState.ONLINE), self._rng)
         waits: list[asyncio.Task[object]] = [
@@ -207,9 +208,9 @@ class Resident:
                 raise LLMasOSError("the p2p daemon of this peer died", hint="start the peer again")
             if move is None or stop.is_set() or not move.done():
                 return None
-            span = move.result()
-            assert isinstance(span, Span), "a lookout returns a span"
-            return span
+            found = move.result()
+            assert isinstance(found, Move), "a lookout returns a move"
+            return found
         finally:
             pending = [*waits, *([move] if move else [])]
             for wait in pending:

@@ -8,7 +8,7 @@ from random import Random
 
 import pytest
 
-from llmasos.config import LEASE_S, MIN_STAY_S
+from llmasos.config import LEASE_S, MIN_STAY_S, URGENT_DRAIN_S
 from llmasos.peer.runner import Speed
 from llmasos.routing.directory import Directory
 from sim.auto import AutoPeer
@@ -141,6 +141,36 @@ def test_sessions_of_a_peer_that_moves_do_not_notice() -> None:
                         assert await feed(session, tail[index : index + 1]) == expected
                     await asyncio.sleep(0.5)
                 assert sum(len(peer.spans) - 1 for peer in peers) == 1
+                for session in sessions:
+                    await session.close()
+
+    run(main())
+
+
+def test_who_brings_missing_blocks_is_not_held_up_by_sessions_that_wait_for_them() -> None:
+    """All sessions are in the middle of a text and go through the peers that could move; none can take a step."""
+
+    async def main() -> None:
+        left: list[float] = []
+        async with SimCluster(SimSwarm(seed=4), MODEL) as cluster:
+            loop = asyncio.get_running_loop()
+            await cluster.start("fixed", "15:30")
+            peers = await start(cluster, 2, 15, apart_s=20.0)
+            for peer in peers:
+                assert cluster.peers[peer.name].runner.span.start == 0
+                peer.went = lambda going_to: left.append(loop.time())
+            async with cluster.client("client") as client:
+                sessions = [client.session() for _ in range(6)]
+                prompts = [rows(60, start=number + 1) for number in range(6)]
+                for session, prompt in zip(sessions, prompts, strict=True):
+                    await session.__aenter__()
+                    await feed(session, prompt)
+                cluster.kill("fixed")
+                work = [asyncio.create_task(feed(session, rows(1))) for session in sessions]
+                assert await asyncio.gather(*work) == [reference(30, prompt + rows(1))[-1:] for prompt in prompts]
+                [mover] = [peer for peer in peers if len(peer.spans) > 1]
+                [left_at, (came_at, _)] = left + mover.spans[1:]
+                assert came_at - left_at < mover.load_s + URGENT_DRAIN_S + 0.5
                 for session in sessions:
                     await session.close()
 
