@@ -3,6 +3,10 @@
 A client sends one request after the other. A request is a prompt and a number of tokens; each token that comes back is
 compared with what a single machine gives, and is the input of the next one, as in real decoding. What the swarm refuses
 for the time being is tried again for `patience_s`, as a person or a gateway would.
+
+Times are those of whoever reads the text: a try that begins anew repeats what is known already, which counts for
+nothing, and the first token behind it is as late as the one before is old. Who gives up without a token has waited so
+long for the first.
 """
 
 import asyncio
@@ -61,6 +65,19 @@ class Measured:
         """The totals since the last call."""
         lately, self.lately = self.lately, Totals()
         return lately
+
+
+@dataclass(slots=True)
+class Text:
+    """One request, and how far whoever asked for it has read."""
+
+    who: str
+    prompt: Sequence[int]
+    new_tokens: int
+    begun_at: float
+    read: int = 0
+    read_at: float = 0.0
+    """When the last of those came."""
 
 
 class Gateway:
@@ -178,20 +195,23 @@ class Workload:
         """One request to its end, through as many tries as patience lasts."""
         measured = self.measured
         measured.started += 1
-        begin = self._loop.time()
+        text = Text(who, prompt, new_tokens, self._loop.time())
         pause_s = RETRY_S
         while True:
             gateway.began()
             try:
-                await self._generate(gateway, who, prompt, new_tokens, begin)
+                await self._generate(gateway, text)
             except LLMasOSError as error:
                 name = type(error).__name__
                 measured.errors[name] = measured.errors.get(name, 0) + 1
                 self._invariants.require(error.retryable, f"{who}: an error that cannot be tried again: {error}")
-                if self._loop.time() - begin + pause_s > self._scenario.clients.patience_s:
+                waited_s = self._loop.time() - text.begun_at
+                if waited_s + pause_s > self._scenario.clients.patience_s:
                     measured.failed += 1
-                    measured.excused += self._invariants.last_gap_at >= begin - 1.0  # looked for once a second
+                    measured.excused += self._invariants.last_gap_at >= text.begun_at - 1.0  # looked for once a second
                     measured.lately.failed += 1
+                    if not text.read:
+                        measured.first_token_s.append(waited_s)
                     return
                 measured.refused += 1
             else:
@@ -203,37 +223,47 @@ class Workload:
             await asyncio.sleep(pause_s * (0.5 + rng.random()))
             pause_s = min(2 * pause_s, MAX_RETRY_S)
 
-    async def _generate(self, gateway: Gateway, who: str, prompt: Sequence[int], new_tokens: int, begin: float) -> None:
+    async def _generate(self, gateway: Gateway, text: Text) -> None:
         measured, loop = self.measured, self._loop
         reference = Reference(self._scenario.model.blocks)
-        expected = reference.feed(prompt)
+        expected = reference.feed(text.prompt)
         promised_s = self._scenario.promises.stall_s
-        session = gateway.client.session(len(prompt) + new_tokens, len(prompt))
+        session = gateway.client.session(len(text.prompt) + text.new_tokens, len(text.prompt))
         try:
             async with session:
-                rows = from_numbers(prompt)
-                for count in range(new_tokens):
+                rows = from_numbers(text.prompt)
+                for count in range(text.new_tokens):
                     asked = loop.time()
                     [got] = to_numbers(await session.forward(rows))
                     now = loop.time()
-                    self._invariants.answered(who, session.length, got, expected)
+                    self._invariants.answered(text.who, session.length, got, expected)
                     if now - asked > promised_s:
-                        self._invariants.violate(f"{who}: a token took {now - asked:.1f} s; {promised_s:g} s at most")
-                    if count == 0:
-                        measured.first_token_s.append(now - begin)
-                    else:
-                        measured.token_s.append(now - asked)
-                        measured.lately.token_s.append(now - asked)
-                    measured.tokens += 1
-                    measured.lately.tokens += 1
-                    if count + 1 < new_tokens:
+                        self._invariants.violate(
+                            f"{text.who}: a token took {now - asked:.1f} s; {promised_s:g} s at most"
+                        )
+                    if count == text.read:
+                        self._note(text, now)
+                    if count + 1 < text.new_tokens:
                         rows = from_numbers([got])
                         expected = reference.feed([got])
                 self._invariants.require(
-                    session.length == len(prompt) + new_tokens - 1, f"{who}: the session holds {session.length} rows"
+                    session.length == len(text.prompt) + text.new_tokens - 1,
+                    f"{text.who}: the session holds {session.length} rows",
                 )
                 measured.hops += len(session.route.hops)
-            measured.prompt_tokens += len(prompt)
+            measured.prompt_tokens += len(text.prompt)
         finally:
             measured.failovers += session.failovers
             measured.replayed_tokens += session.replayed_tokens
+
+    def _note(self, text: Text, now: float) -> None:
+        """The next token of a text has come, for the first time."""
+        measured = self.measured
+        if text.read == 0:
+            measured.first_token_s.append(now - text.begun_at)
+        else:
+            measured.token_s.append(now - text.read_at)
+            measured.lately.token_s.append(now - text.read_at)
+        text.read, text.read_at = text.read + 1, now
+        measured.tokens += 1
+        measured.lately.tokens += 1
