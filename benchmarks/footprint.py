@@ -31,7 +31,7 @@ async def import_s() -> float:
 
 
 def resident(pid: int) -> int:
-    """Bytes of a process that no other has: what is mapped from files is shared by all peers of a machine."""
+    """Bytes, those of files that it shares with other peers of the machine included."""
     fields = dict(line.split(":", 1) for line in Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()[1:])
     return int(fields["Rss"].split()[0]) * 1024
 

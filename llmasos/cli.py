@@ -26,6 +26,9 @@ async def generate(args: Namespace) -> None:
     """Write a completion to stdout: piece by piece, or as one JSON object."""
     prompt = _prompt(args.prompt)
     say(f"joining the swarm, loading the ends of {args.model}")
+    from llmasos.blocks.lean import import_lean
+
+    import_lean()
     from llmasos.client.async_client import AsyncLLMasOS
     from llmasos.client.generate import Generation
 
@@ -95,6 +98,9 @@ async def models(args: Namespace) -> None:
     if args.pull is not None:
         await _pull(args)
         return
+    from llmasos.blocks.lean import import_lean
+
+    import_lean()
     from llmasos.blocks.registry import ALIASES, resolve
 
     found: list[dict[str, Any]] = []

@@ -85,6 +85,9 @@ async def up(args: Namespace) -> None:
     stop = stop_signal()
     _check_port(args.host, args.port)
     say(f"reading the header of {args.model}")
+    from llmasos.blocks.lean import import_lean
+
+    import_lean()
     from llmasos.blocks.registry import resolve
 
     spans = split_evenly((await asyncio.to_thread(resolve, args.model)).blocks, args.peers)
@@ -124,6 +127,9 @@ async def _unless_stopped(work: Coroutine[Any, Any, Any], stop: asyncio.Event) -
 
 async def _serve(args: Namespace, join: list[str], models: tuple[str, ...], stop: asyncio.Event) -> None:
     say("joining the swarm")
+    from llmasos.blocks.lean import import_lean
+
+    import_lean()
     from llmasos.client.async_client import AsyncLLMasOS
     from llmasos.client.gateway import serve
 

@@ -10,12 +10,15 @@ import copy
 import inspect
 import sys
 from collections.abc import Iterator
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
+from torch.overrides import TorchFunctionMode
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers.initialization import no_init_weights
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from llmasos.blocks.attention import NAME as PACKED
@@ -76,15 +79,38 @@ def dissect(config: PretrainedConfig, dtype: str) -> Anatomy:
 
 
 def _on_meta(config: PretrainedConfig, dtype: str, attention: str | None) -> Any:
-    chosen = {} if attention is None else {"attn_implementation": attention}
-    with quiet(), torch.device("meta"):
+    try:
+        return _build(config, dtype, attention, _NumbersOnCPU())
+    except MISFITS:  # it computes with numbers and with parameters at once: slower, but all of it without memory then
         try:
-            return AutoModelForCausalLM.from_config(copy.deepcopy(config), dtype=DTYPES[dtype], **chosen)
+            return _build(config, dtype, attention, nullcontext())
         except MISFITS as error:
             raise CheckpointError(
                 f"the config of this {config.model_type} model does not describe a model: {error}",
                 hint="look into its config.json",
             ) from error
+
+
+def _build(config: PretrainedConfig, dtype: str, attention: str | None, mode: AbstractContextManager[Any]) -> Any:
+    chosen = {} if attention is None else {"attn_implementation": attention}
+    with quiet(), torch.device("meta"), mode, no_init_weights():
+        model = AutoModelForCausalLM.from_config(copy.deepcopy(config), dtype=DTYPES[dtype], **chosen)
+        model.tie_weights()
+    return model
+
+
+class _NumbersOnCPU(TorchFunctionMode):
+    """Positions, constants, and what is computed from them alone, are real numbers: without memory, torch does its
+    sums in Python that imports sympy, half a second and 45 MB. `Loader.settle` computes them again where they belong.
+    """
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        given = kwargs or {}
+        if func in (torch.arange, torch.linspace, torch.tensor) and given.get("device") is None:
+            given = {**given, "device": "cpu"}
+        return func(*args, **given)
 
 
 def refuse_by_config(config: PretrainedConfig) -> None:

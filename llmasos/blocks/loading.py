@@ -91,6 +91,8 @@ class Loader:
         for name, buffer in _computed_buffers(part):
             owner = part.get_submodule(name.rpartition(".")[0])
             owner._buffers[name.rpartition(".")[2]] = torch.empty_like(buffer, device=self._device)
+        for parameter in self.model.parameters():
+            parameter._is_hf_initialized = True  # what is not loaded has no memory to fill with random numbers
         with quiet(), torch.no_grad():
             self.model.initialize_weights()
 

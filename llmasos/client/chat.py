@@ -276,6 +276,9 @@ def add_chat(command: ArgumentParser) -> None:
 async def chat(args: Namespace) -> None:
     """Talk until the user has enough."""
     say(f"joining the swarm, loading the ends of {args.model}")
+    from llmasos.blocks.lean import import_lean
+
+    import_lean()
     from llmasos.client.async_client import AsyncLLMasOS
 
     conversation = replace(

@@ -21,7 +21,11 @@ async def serve(args: Namespace, wrap: Wrap | None = None) -> None:
     if config.blocks != "auto":
         Span.parse(config.blocks)
     say(f"starting: {config.model}, blocks {config.blocks}")
-    from llmasos.peer.serve import serve as serve_blocks  # torch: --help and wrong usage need not wait for it
+    # Not above: this is torch, and --help and wrong usage need not wait for it.
+    from llmasos.blocks.lean import import_lean
+
+    import_lean()
+    from llmasos.peer.serve import serve as serve_blocks
 
     await serve_blocks(config, wrap)
 
