@@ -31,6 +31,8 @@ BEGIN_S = 100_000.0
 """The clock's first moment: clocks that are wrong by hours still show a time after zero."""
 CHECK_EACH_S = 5
 """How often the whole account of each peer is looked at beside the checks at its passes, virtual seconds."""
+MANY_OBJECTS = 1_000_000
+"""So many more than at the last sweep have to be there for the next one, which looks at all of them (0.5 s)."""
 SAMPLES = 240
 """Points of the timeline, at most one a second."""
 
@@ -284,16 +286,21 @@ class _Run:
 
 @contextmanager
 def _few_collections() -> Iterator[None]:
-    """A simulation makes millions of objects that die by themselves; looking for cycles each 700 costs a third."""
+    """Almost all that a simulation makes dies by itself; looking for cycles each 700 objects costs a third.
+
+    What a run leaves behind is full of cycles. It is swept before the next run, or goes with the process: a sweep of it
+    takes seconds.
+    """
     before = gc.get_threshold()
+    gc.unfreeze()
     gc.collect()
     gc.freeze()
-    gc.set_threshold(100_000, 20, 20)
+    gc.set_threshold(MANY_OBJECTS, 20, 20)
     try:
         yield
     finally:
+        gc.freeze()
         gc.set_threshold(*before)
-        gc.unfreeze()
 
 
 @contextmanager
