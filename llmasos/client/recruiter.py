@@ -33,7 +33,6 @@ class Recruiter:
         connections: Connections,
         *,
         prefix: Sequence[bytes] = (),
-        trace: bool = False,
     ) -> None:
         self._name = name
         self._config = config
@@ -42,7 +41,6 @@ class Recruiter:
         self._router = router
         self._connections = connections
         self._prefix = tuple(prefix)
-        self._trace = trace
         self._names = itertools.count()
 
     async def fill(
@@ -127,5 +125,5 @@ class Recruiter:
             downstream=sides.downstream,
             prefix=self.packing.names(self._prefix) if new else (),
             codec=self.packing.codec(hop.plan.span.end),
-            trace=self._trace,
+            trace=True,  # the router learns from it which hops are slow
         )

@@ -17,6 +17,7 @@ from llmasos.routing.health import Health, Ticket
 from llmasos.routing.planner import Hop, Route, RouteRequest
 from llmasos.routing.view import SwarmView
 from llmasos.span import Span
+from llmasos.wire import Trail
 
 log = logging.getLogger(__name__)
 
@@ -96,14 +97,24 @@ class Router:
         """To a peer and back, as measured; what is usual for one that has not been."""
         return self.health.rtt_s(peer)
 
-    def saw_step(self, hops: Sequence[tuple[str, int]], seconds: float) -> None:
-        """One row went through all hops, (peer, blocks) each, and came back. The links between them are not
-        measured: each counts like the mean of ours.
+    def saw_step(self, hops: Sequence[Hop], seconds: float, spent: Trail = ()) -> None:
+        """One row went through all hops and came back; `spent` is what they say that it took there, if they do.
+
+        The links between them are not measured. They can make up for no more than a way through us would: what is
+        longer than that and what the hops admit, somebody hides, and all of them are charged. Of hops that say nothing
+        only the sum is known, of which a link between two has the mean of ours.
         """
         now = self._network.now()
-        rtts = [self.health.rtt_s(peer) for peer, _ in hops]
-        links_s = (rtts[0] + rtts[-1]) / 2 + (len(hops) - 1) * fmean(rtts) / 2
-        self.health.saw_route(hops, max(seconds - links_s, 0.0), now)
+        rtts = [self.health.rtt_s(hop.peer) for hop in hops]
+        if not spent or len(spent) != len(hops):
+            links_s = (rtts[0] + rtts[-1]) / 2 + (len(hops) - 1) * fmean(rtts) / 2
+            route = [(hop.peer, len(hop.span)) for hop in hops]
+            self.health.saw_route(route, max(seconds - links_s, 0.0), now)
+            return
+        admitted = [min((queue_us + compute_us) / 1e6, seconds) for queue_us, compute_us in spent]
+        hidden_s = max(seconds - sum(rtts) - sum(admitted), 0.0) / sum(len(hop.span) for hop in hops)
+        for hop, admitted_s in zip(hops, admitted, strict=True):
+            self.health.saw_step(hop.peer, len(hop.span), admitted_s + hidden_s * len(hop.span), now)
 
     def opened(self, peer: str, tokens: int) -> Ticket:
         """A session begins on a peer; its record cannot show it yet."""

@@ -45,7 +45,7 @@ from llmasos.logs import session_label
 from llmasos.network import Network
 from llmasos.routing.planner import Route, RouteRequest
 from llmasos.span import Span
-from llmasos.wire import AnyMessage, Draining, Failed, Replay, Result, Step, Tensor, join_rows
+from llmasos.wire import AnyMessage, Draining, Failed, Replay, Result, Step, Tensor, Trail, join_rows
 
 log = logging.getLogger(__name__)
 
@@ -86,10 +86,11 @@ class Session:
         self._inputs = History()
         self._answered = 0  # positions below this are answered, and cached on every hop that is not lagging
         self._flights = Flights(network.now)
+        self._spent: Trail = ()  # what each hop says that it spent on the latest step
         self._steps = itertools.count()
         self._blame = Blame()
         self._connections = Connections(network, router, config, self._hear, self._on_lost)
-        self._recruiter = Recruiter(name, config, self._hops, router, self._connections, prefix=prefix, trace=trace)
+        self._recruiter = Recruiter(name, config, self._hops, router, self._connections, prefix=prefix)
 
     @property
     def prefix_tokens(self) -> int:
@@ -172,7 +173,7 @@ class Session:
 
         await self._send_rows(start, end, wanted, landed)
         if end - start == 1:
-            self._router.saw_step([(hop.plan.peer, len(hop.plan.span)) for hop in self._hops], loop.time() - begin)
+            self._router.saw_step(self.route.hops, loop.time() - begin, self._spent)
 
     async def _send_rows(
         self,
@@ -378,6 +379,7 @@ class Session:
             else:
                 if self.tracer is not None and not flight.replay:
                     self.tracer.took(flight, result, self.route.hops)
+                self._spent = result.spent
                 flight.answer.set_result(result.hidden)
         elif hop.relay and following < ends_at:
             left = max(ends_at - following, 0) if flight.replay else 0
