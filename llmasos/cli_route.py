@@ -38,7 +38,7 @@ async def route(args: Namespace) -> None:
         view = directory.view
         checkpoint = view.checkpoint(args.model)
         if checkpoint is None:
-            error = MissingBlocksError(args.model, ["auto"], why="no peer announces this model")
+            error = MissingBlocksError(args.model, ["auto"])
             raise error.wanting(args.dtype, args.quantization)
         await _measure(network, view.peers(args.model)[:MAX_PINGED], health)
         request = RouteRequest(

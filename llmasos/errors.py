@@ -80,14 +80,15 @@ class SwarmUnreachableError(SwarmError):
 class MissingBlocksError(SwarmError):
     """Some blocks of the model have no peer.
 
-    `missing` holds the gaps in the usual form, as in `["12:20"]`. `generated` holds the text that was already
-    there when the blocks went away: nothing that was produced is lost.
+    `missing` holds the gaps in the usual form, as in `["12:20"]`; it is `["auto"]` for a model that nobody serves, of
+    which nobody says how many blocks it has. `generated` holds the text that was already there when the blocks went
+    away: nothing that was produced is lost.
     """
 
     def __init__(self, model: str, missing: Sequence[str], *, generated: str = "", why: str = "") -> None:
         gaps = ", ".join(missing)
-        reason = f" ({why})" if why else ""
-        super().__init__(f"blocks {gaps} of {model} have no peer{reason}")
+        lack = f"no peer serves {model}" if gaps == "auto" else f"blocks {gaps} of {model} have no peer"
+        super().__init__(f"{lack} ({why})" if why else lack)
         self.model = model
         self.missing = list(missing)
         self.generated = generated

@@ -224,5 +224,5 @@ def _checkpoint(view: SwarmView, request: RouteRequest) -> Checkpoint:
         return Checkpoint(request.digest, request.end)
     other = view.checkpoint(request.model)
     if other is None:
-        raise MissingBlocksError(request.model, ["auto"], why="no peer announces this model")
+        raise MissingBlocksError(request.model, ["auto"])
     return Checkpoint(request.digest, other.blocks)

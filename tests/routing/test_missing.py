@@ -66,7 +66,7 @@ def test_halves_in_different_numerics_are_no_whole() -> None:
 
 
 def test_a_model_that_nobody_announces() -> None:
-    with pytest.raises(MissingBlocksError, match="no peer announces this model") as missing:
+    with pytest.raises(MissingBlocksError, match="no peer serves smollm2") as missing:
         plan(SwarmView(), a_request(), NOW, Random(1))
     assert "--blocks auto" in missing.value.hint
     with pytest.raises(MissingBlocksError, match="0:30: nobody serves them"):
