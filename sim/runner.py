@@ -32,11 +32,11 @@ HIDDEN = 2  # two float32: the eight bytes of a number
 ROW_BYTES = 8
 
 
-_Row = NDArray[np.uint64]
-"""A row and what some blocks make of it, in the form that `_Blocks` keeps it in: (1 + blocks)."""
+Row = NDArray[np.uint64]
+"""A row and what some blocks make of it, in the form that `Blocks` keeps it in: (1 + blocks)."""
 
 
-class _Blocks:
+class Blocks:
     """The blocks of a span, one after the other in one sum.
 
     With z(b, p) = y(b, p) / A^(b + 1), blocks counted from the first of the span, the formula above becomes
@@ -56,10 +56,10 @@ class _Blocks:
         self._terms = np.array([0, *(term % modulus for term in terms)], np.uint64)
         self._dues = np.array([0, *(C * power % modulus for power in powers[1:])], np.uint64)
         self._scale = pow(A, len(span), modulus)
-        self.nothing: _Row = np.zeros(len(powers), np.uint64)
+        self.nothing: Row = np.zeros(len(powers), np.uint64)
         """What stands before the first row."""
 
-    def make(self, row: int, position: int, before: _Row) -> _Row:
+    def make(self, row: int, position: int, before: Row) -> Row:
         """What the blocks make of `row`, given what they made of the row before it."""
         made = self._dues * (position + 1)
         made += self._terms
@@ -67,21 +67,22 @@ class _Blocks:
         made[0] = row
         return np.add.accumulate(made)
 
-    def last(self, made: _Row) -> int:
+    def last(self, made: Row) -> int:
         """The output of the last block."""
         output: int = made.item(-1) * self._scale & _LOW_BITS
         return output
 
 
-blocks_of = cache(_Blocks)
+blocks_of = cache(Blocks)
+"""The blocks of a span, which all sessions share."""
 
 
 @dataclass(slots=True)
 class _Cache:
     """What one session has cached."""
 
-    blocks: _Blocks
-    rows: list[_Row] = field(default_factory=list)
+    blocks: Blocks
+    rows: list[Row] = field(default_factory=list)
     """By position."""
 
 
@@ -199,9 +200,9 @@ class Reference:
         return self._blocks.last(self._last) if rows else 0
 
 
-def to_numbers(tensor: Tensor) -> tuple[int, ...]:
+def to_numbers(tensor: Tensor) -> list[int]:
     """The numbers in a tensor of the simulator."""
-    return struct.unpack(f"<{len(tensor.data) // ROW_BYTES}Q", tensor.data)
+    return list(struct.unpack(f"<{len(tensor.data) // ROW_BYTES}Q", tensor.data))
 
 
 def from_numbers(rows: Sequence[int]) -> Tensor:

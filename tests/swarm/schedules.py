@@ -25,7 +25,7 @@ from llmasos.span import Span
 from sim import stream
 from sim.loop import run
 from sim.network import SimSwarm, peer_of
-from sim.runner import from_numbers, run_row, terms_of, to_numbers
+from sim.runner import Row, blocks_of, from_numbers, to_numbers
 from sim.stream import Link
 from sim.swarm import SimClient, SimCluster, SimModel
 
@@ -51,8 +51,8 @@ class Schedule:
     def __post_init__(self) -> None:
         self.rng = random.Random(self.seed)
         self.with_whole = self.rng.random() < 0.25
-        self.terms = terms_of(Span(0, MODEL.blocks))
-        self.machine: list[list[int]] = []  # by position: what each block of one that is left undisturbed has made
+        self.blocks = blocks_of(Span(0, MODEL.blocks))
+        self.machine: list[Row] = []  # by position: what the blocks of one that is left undisturbed have made
         self.harmed: dict[str, str] = {}  # name of a peer -> what it suffers from
         self.faults = asyncio.Event()
         self.failovers = 0
@@ -128,9 +128,9 @@ class Schedule:
         self.longest_s = max(self.longest_s, asyncio.get_running_loop().time() - begin)
         del self.machine[position:]
         for number in numbers:
-            before = self.machine[-1] if self.machine else [0] * len(self.terms)
-            self.machine.append(run_row(before, self.terms, number, len(self.machine)))
-        assert answer == [made[-1] for made in self.machine[-keep:]], (
+            before = self.machine[-1] if self.machine else self.blocks.nothing
+            self.machine.append(self.blocks.make(number, len(self.machine), before))
+        assert answer == [self.blocks.last(made) for made in self.machine[-keep:]], (
             f"rows {position}:{len(held)} are not what one machine makes of them"
         )
 
