@@ -14,13 +14,10 @@ class History:
     """Rows `[0, length)` in the parts in which they came. Holds what it is given: no copies."""
 
     def __init__(self) -> None:
+        self.length = 0
+        """The position behind the last row."""
         self._starts: list[int] = []
         self._parts: list[Tensor] = []
-
-    @property
-    def length(self) -> int:
-        """The position behind the last row."""
-        return self._starts[-1] + self._parts[-1].tokens if self._parts else 0
 
     def write(self, position: int, rows: Tensor) -> None:
         """Put `rows` at `position`, dropping everything from there on. Raises ValueError when that leaves a hole."""
@@ -30,13 +27,17 @@ class History:
         if rows.tokens:
             self._starts.append(position)
             self._parts.append(rows)
+            self.length = position + rows.tokens
 
     def cut(self, length: int) -> None:
         """Drop the rows from position `length` on."""
+        if length >= self.length:
+            return
         keep = bisect_right(self._starts, length - 1)
         del self._starts[keep:], self._parts[keep:]
-        if self._parts and self.length > length:
+        if self._parts:
             self._parts[-1] = self._parts[-1].rows(0, length - self._starts[-1])
+        self.length = length
 
     def read(self, start: int, end: int) -> Tensor:
         """The rows `[start, end)`. Raises ValueError for an empty range or one that is not all there."""
@@ -53,7 +54,7 @@ class History:
     def copy(self) -> "History":
         """The same rows, whatever becomes of the original."""
         copied = History()
-        copied._starts, copied._parts = self._starts.copy(), self._parts.copy()
+        copied.length, copied._starts, copied._parts = self.length, self._starts.copy(), self._parts.copy()
         return copied
 
     def chunks(self, start: int, end: int, tokens: int) -> Iterator[tuple[int, Tensor]]:

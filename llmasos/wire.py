@@ -69,13 +69,9 @@ class FrameError(ValueError):
 
 def row_bytes(hidden: int, dtype: DType, codec: Codec = "exact") -> int:
     """What a row of `hidden` numbers weighs."""
-    match codec:
-        case "exact":
-            return hidden * ITEM_BYTES[dtype]
-        case "bfloat16":
-            return 2 * hidden
-        case "int8":
-            return hidden + 4 * -(-hidden // INT8_BLOCK)
+    if codec == "exact":
+        return hidden * ITEM_BYTES[dtype]
+    return 2 * hidden if codec == "bfloat16" else hidden + 4 * -(-hidden // INT8_BLOCK)
 
 
 class Tensor(msgspec.Struct, frozen=True, omit_defaults=True):
@@ -87,7 +83,8 @@ class Tensor(msgspec.Struct, frozen=True, omit_defaults=True):
     codec: Codec = "exact"
 
     def __post_init__(self) -> None:
-        expected = self.tokens * row_bytes(self.hidden, self.dtype, self.codec)
+        tokens, hidden = self.shape
+        expected = tokens * row_bytes(hidden, self.dtype, self.codec)
         if self.data.nbytes != expected:
             kind = self.dtype if self.codec == "exact" else f"{self.codec}-packed {self.dtype}"
             raise ValueError(f"a {kind} tensor of {self.shape} has {expected} bytes, not {self.data.nbytes}")
@@ -102,6 +99,8 @@ class Tensor(msgspec.Struct, frozen=True, omit_defaults=True):
 
     def rows(self, start: int, end: int) -> "Tensor":
         """The rows `[start, end)`, as a view."""
+        if start == 0 and end == self.tokens:
+            return self
         each = row_bytes(self.hidden, self.dtype, self.codec)
         return Tensor(self.dtype, (end - start, self.hidden), self.data[start * each : end * each], self.codec)
 
@@ -282,11 +281,10 @@ _VERSION_BYTE = bytes([VERSION])
 
 def encode(message: AnyMessage) -> bytes:
     """One frame. Raises FrameError when it would be larger than any peer accepts."""
-    buffer = bytearray(_VERSION_BYTE)
-    _encoder.encode_into(message, buffer, 1)
-    if len(buffer) > MAX_FRAME_BYTES:
-        raise FrameError(f"a frame of {len(buffer)} bytes is over the limit of {MAX_FRAME_BYTES}")
-    return bytes(buffer)
+    frame = _VERSION_BYTE + _encoder.encode(message)
+    if len(frame) > MAX_FRAME_BYTES:
+        raise FrameError(f"a frame of {len(frame)} bytes is over the limit of {MAX_FRAME_BYTES}")
+    return frame
 
 
 def decode(frame: bytes) -> AnyMessage:

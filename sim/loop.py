@@ -111,6 +111,16 @@ class VirtualLoop(asyncio.BaseEventLoop):
         heapq.heappush(self._timers, (when, next(self._ages), timer))
         return timer
 
+    def call_later(
+        self,
+        delay: float,
+        callback: Callable[[Unpack[Ts]], object],
+        *args: *Ts,
+        context: contextvars.Context | None = None,
+    ) -> asyncio.TimerHandle:
+        """The same, `delay` seconds from now."""
+        return self.call_at(self._now + delay, callback, *args, context=context)
+
     def call_soon(
         self,
         callback: Callable[[Unpack[Ts]], object],

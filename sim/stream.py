@@ -94,7 +94,7 @@ class SimStream:
         self._held_bytes = 0  # sent to this end and not yet read
         self._ended: str | None = None  # why, once nothing more can be sent; what has arrived can still be read
         self._reader: asyncio.Future[None] | None = None
-        self._writers: deque[asyncio.Future[None]] = deque()
+        self._writers: list[asyncio.Future[None]] = []
         self._timer: asyncio.TimerHandle | None = None
         owner.streams[self] = None
 
@@ -162,11 +162,11 @@ class SimStream:
 
     def _push(self, frame: bytes | None) -> None:
         """Put a frame, or the end, on its way to the other side; never before what went before it."""
-        now = asyncio.get_running_loop().time()
-        other = self.other
+        owner, other = self.owner, self.other
+        swarm = owner.swarm
         size = 0 if frame is None else len(frame)
-        arrival = self._wire.arrival(now, self.owner.swarm.wire_bytes(size))
-        self.owner.swarm.trace.note(arrival, self.owner.number, other.owner.number, ENDED if frame is None else size)
+        arrival = self._wire.arrival(owner.loop.time(), swarm.wire_bytes(size))
+        swarm.trace.note(arrival, owner.number, other.owner.number, ENDED if frame is None else size)
         if other._ended is not None:  # it has closed, and we do not know that yet: it takes in no more than its window
             other._held_bytes += size
             return
@@ -178,7 +178,7 @@ class SimStream:
             other._schedule()
 
     def _schedule(self) -> None:
-        loop = asyncio.get_running_loop()
+        loop = self.owner.loop
         self._timer = loop.call_at(max(loop.time(), self._in_flight[0][0]), self._deliver)
 
     def _deliver(self) -> None:
@@ -186,18 +186,19 @@ class SimStream:
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None
-        if not self.owner.swarm.reachable(self.owner.peer_id, self.peer):
+        owner, in_flight = self.owner, self._in_flight
+        if not owner.swarm.reachable(owner.peer_id, self.peer):
             return  # held back; `resume` comes here again
-        now = asyncio.get_running_loop().time()
-        while self._in_flight and self._in_flight[0][0] <= now:
-            frame = self._in_flight.popleft()[1]
+        now = owner.loop.time()
+        while in_flight and in_flight[0][0] <= now:
+            frame = in_flight.popleft()[1]
             if frame is None:
-                self._in_flight.clear()
+                in_flight.clear()
                 self._end("the stream ended")
             else:
                 self._arrived.append(frame)
                 _wake(self._reader)
-        if self._in_flight:
+        if in_flight:
             self._schedule()
 
     def _end(self, reason: str) -> None:
@@ -213,8 +214,9 @@ class SimStream:
             self.other._wake_writers()
 
     def _wake_writers(self) -> None:
-        while self._writers:
-            _wake(self._writers.popleft())
+        for waiter in self._writers:
+            _wake(waiter)
+        self._writers.clear()
 
 
 def _wake(waiter: asyncio.Future[None] | None) -> None:

@@ -13,7 +13,7 @@ from llmasos.history import History
 from llmasos.peer.absences import Absences
 from llmasos.peer.prefixes import Prefix, Prefixes
 from llmasos.peer.runner import Chunk, Fault, Runner
-from llmasos.peer.scheduler import DECODE_ROWS, Batch, Scheduler, Slice
+from llmasos.peer.scheduler import Scheduler, Slice
 from llmasos.peer.watcher import Watcher
 from llmasos.span import Span
 from llmasos.wire import Spent, Tensor, join_rows
@@ -37,11 +37,6 @@ class _Pending:
     came_at: float
     computed_s: float = 0.0
     parts: list[Tensor] = field(default_factory=list)
-
-    @property
-    def decodes(self) -> bool:
-        """Whether it is a token, or a few guesses; the end of a prompt is not."""
-        return self.hidden.tokens <= DECODE_ROWS
 
     def spent(self, now: float) -> Spent:
         """How long it waited and was computed, in microseconds."""
@@ -79,8 +74,8 @@ class Engine:
         Raises what `Scheduler.submit` raises.
         """
         self.scheduler.submit(session, step, position, hidden.tokens)
-        self.prefixes.make_way(self._clock())
         now = self._clock()
+        self.prefixes.make_way(now)
         self._pending[session, step] = _Pending(span, hidden, done, now)
         self._absences.returns(session, now)
         self._wake.set()
@@ -127,7 +122,8 @@ class Engine:
                 await self._wake.wait()
                 await self._gather()
                 continue
-            if await self._somebody_returned(batch):
+            decoding = [piece.decodes for piece in batch]
+            if not any(decoding) and await self._somebody_returned():
                 continue
             self._running = {piece.session for piece in batch}
             begin = self._clock()
@@ -137,7 +133,7 @@ class Engine:
             tokens = sum(piece.tokens for piece in batch)
             self.rows += tokens
             self._pass_s = max(end - begin, 0.0)
-            if not all(self._decodes(piece) for piece in batch):
+            if not all(decoding):
                 self._prompt_pass_s = self._pass_s
             self._watcher.ran(tokens, self._pass_s)
             self.scheduler.finish(batch)
@@ -158,10 +154,8 @@ class Engine:
             if self.scheduler.waiting_sessions == waiting:
                 return
 
-    async def _somebody_returned(self, batch: Batch) -> bool:
+    async def _somebody_returned(self) -> bool:
         """Before a pass over prompts alone: wait a moment for those who decode and are about to be back."""
-        if any(self._decodes(piece) for piece in batch):
-            return False
         wait_s = self._absences.wait_s(self._clock(), WORTH_WAITING * self._prompt_pass_s)
         if wait_s <= 0:
             return False
@@ -172,11 +166,6 @@ class Engine:
         except TimeoutError:
             return False
         return True
-
-    def _decodes(self, piece: Slice) -> bool:
-        """See `_Pending.decodes`; no step of a session that has left does."""
-        pending = self._pending.get((piece.session, piece.step))
-        return pending is not None and pending.decodes
 
     def _chunk(self, piece: Slice) -> Chunk:
         pending = self._pending[piece.session, piece.step]
@@ -197,7 +186,7 @@ class Engine:
         pending.parts.append(result)
         if piece.completes:
             del self._pending[piece.session, piece.step]
-            if pending.decodes:
+            if piece.decodes:
                 self._absences.leaves(piece.session, end)
             queue_us, _ = spent = pending.spent(end)
             self._watcher.waited(queue_us / 1e6)

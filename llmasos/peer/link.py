@@ -17,6 +17,9 @@ from llmasos.wire import PROTOCOL, AnyMessage, Attach, NextHop, Result, Step, en
 log = logging.getLogger(__name__)
 
 
+_WITH_ROWS = (Step, Result)
+
+
 class Outbox:
     """Messages that wait to be sent, in order. `serve()` must run for that; `moved` is called after each."""
 
@@ -28,7 +31,7 @@ class Outbox:
 
     def put(self, message: AnyMessage) -> None:
         """Queue a message; it counts as the rows that it holds, and never as nothing."""
-        rows = max(message.hidden.tokens, 1) if isinstance(message, Step | Result) else 1
+        rows = max(message.hidden.tokens, 1) if isinstance(message, _WITH_ROWS) else 1
         self.rows += rows
         self._waiting.put_nowait(((message,), rows))
 

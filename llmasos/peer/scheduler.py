@@ -16,8 +16,8 @@ Laws, checked by `check()` and by the property test:
 """
 
 from collections import deque
-from collections.abc import Iterator
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 DECODE_ROWS = 16
 """A step of at most this many rows counts as decoding (one token, or a speculated handful): it goes before prompts."""
@@ -52,6 +52,11 @@ class _Work:
     def left(self) -> int:
         return self.tokens - self.done
 
+    @property
+    def decodes(self) -> bool:
+        """See `Slice`."""
+        return self.tokens <= DECODE_ROWS
+
 
 @dataclass(slots=True)
 class _Session:
@@ -66,9 +71,11 @@ class _Session:
         return self.queue[-1].position + self.queue[-1].tokens if self.queue else self.cached
 
 
-@dataclass(frozen=True, slots=True)
-class Slice:
-    """Rows `[offset, offset + tokens)` of one step, for the positions from `position` on."""
+class Slice(NamedTuple):
+    """Rows `[offset, offset + tokens)` of one step, for the positions from `position` on.
+
+    The step `decodes` if it is a token, or a few guesses; the end of a prompt does not.
+    """
 
     session: str
     step: int
@@ -76,6 +83,7 @@ class Slice:
     offset: int
     tokens: int
     completes: bool
+    decodes: bool
 
 
 Batch = tuple[Slice, ...]
@@ -129,7 +137,7 @@ class Scheduler:
     def queued_tokens_of(self, session: str) -> int:
         """Rows of one session that have not run; 0 for a session that is gone."""
         entry = self._sessions.get(session)
-        return sum(work.left for work in entry.queue) if entry else 0
+        return sum(work.left for work in entry.queue) if entry and entry.queue else 0
 
     def admit(self, session: str, tokens: int) -> None:
         """Reserve room for `tokens` cached tokens. Raises KvFullError."""
@@ -159,20 +167,17 @@ class Scheduler:
 
     def schedule(self) -> Batch:
         """The next pass, empty when nothing waits. One slice a session; call `finish` before scheduling again."""
-        room = self.max_batch_tokens
+        short: list[tuple[str, _Work]] = []
+        long: list[tuple[str, _Work]] = []
+        for name, entry in self._sessions.items():
+            if entry.queue:
+                work = entry.queue[0]
+                (short if work.left <= DECODE_ROWS else long).append((name, work))
         chosen: list[Slice] = []
-        for decoding in (True, False):
-            if not decoding and self._somebody_decodes():
-                room = min(room, self.prompt_rows)
-            for name, work in self._heads():
-                if (work.left <= DECODE_ROWS) is not decoding:
-                    continue
-                rows = min(work.left, room)
-                if rows == 0 and work.left > 0:
-                    continue
-                position = work.position + work.done
-                chosen.append(Slice(name, work.step, position, work.done, rows, completes=rows == work.left))
-                room -= rows
+        room = _fill(chosen, short, self.max_batch_tokens)
+        if long:
+            somebody_decodes = short or self.returning_sessions  # a token waits, or is about to come
+            _fill(chosen, long, min(room, self.prompt_rows) if somebody_decodes else room)
         return tuple(chosen)
 
     def finish(self, batch: Batch) -> None:
@@ -183,7 +188,7 @@ class Scheduler:
                 continue
             self._sessions[piece.session] = self._sessions.pop(piece.session)  # served: to the back of the round
             work = entry.queue[0]
-            if work.tokens <= DECODE_ROWS:
+            if work.decodes:
                 entry.decoded_in = self._passes
             work.done += piece.tokens
             entry.cached = piece.position + piece.tokens
@@ -219,14 +224,19 @@ class Scheduler:
             assert 0 <= entry.cached <= entry.reserved, f"session {name}: {entry.cached} cached, {entry.reserved} kept"
             assert all(0 <= work.done < max(work.tokens, 1) for work in entry.queue), f"session {name}: a step overran"
 
-    def _somebody_decodes(self) -> bool:
-        """Whether a token waits, or is about to come: whoever sends a prompt does not decode."""
-        return self.returning_sessions > 0 or any(work.left <= DECODE_ROWS for _, work in self._heads())
-
-    def _heads(self) -> Iterator[tuple[str, _Work]]:
-        return ((name, entry.queue[0]) for name, entry in self._sessions.items() if entry.queue)
-
     def _reserve(self, tokens: int) -> None:
         if tokens > self.kv_free_tokens:
             raise KvFullError(tokens, self.kv_free_tokens)
         self._reserved += tokens
+
+
+def _fill(chosen: list[Slice], heads: list[tuple[str, _Work]], room: int) -> int:
+    """Choose as many rows of these steps as there is room for; returns the room that is left."""
+    for name, work in heads:
+        left = work.left
+        rows = min(left, room)
+        if rows or not left:
+            position = work.position + work.done
+            chosen.append(Slice(name, work.step, position, work.done, rows, rows == left, work.decodes))
+            room -= rows
+    return room

@@ -8,7 +8,7 @@ step that comes again is answered as it was the first time.
 import asyncio
 import logging
 from collections import OrderedDict
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from msgspec import UNSET
 
@@ -46,8 +46,7 @@ from llmasos.wire import (
 log = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True, slots=True)
-class _Output:
+class _Output(NamedTuple):
     """The rows that a step became, packed as they are sent, and what the step said about them."""
 
     step: int
@@ -194,6 +193,10 @@ class PeerSession:
         await self._tasks.close()
         for stream in list(self._upstream_streams):
             await stream.close()
+        # What is left points to itself in circles: without this the rows would stay until Python looks for such.
+        self._link = self._link_task = None
+        self._outputs = History()
+        self._record.clear()
 
     def _plain(self, rows: Tensor) -> Tensor:
         """The rows as the engine takes them. Those of another width it refuses, so that they need not be unpacked."""
