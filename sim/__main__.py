@@ -81,13 +81,15 @@ def compare_policies(args: Namespace) -> None:
     scenario = resize(load(args.scenario), peers=args.peers, clients=args.clients, duration_s=args.duration)
     if args.plot is not None:
         plot.check(args.plot)
-    say(f"{scenario.name}, seed {args.seed}, under {len(POLICIES)} policies: {', '.join(POLICIES)}")
+    seeds = range(args.seed, args.seed + args.seeds)
+    policies = ", ".join(POLICIES)
+    say(f"{scenario.name}, {len(seeds)} seeds from {args.seed} on, under {len(POLICIES)} policies: {policies}")
     comparison = compare(
         scenario,
-        args.seed,
+        seeds,
         source=args.scenario,
         processes=args.processes,
-        heard=lambda report: say(f"  {report.policy}: {report.tokens_per_s:.1f} tokens/s"),
+        heard=lambda report: say(f"  {report.policy}, seed {report.seed}: {report.tokens_per_s:.1f} tokens/s"),
     )
     talk.print(comparison.table())
     if args.json:
@@ -157,8 +159,9 @@ def build_parser() -> ArgumentParser:
     command.add_argument("--plot", type=Path, metavar="FILE", help="draw the timeline: FILE.png or FILE.svg")
     command = subcommand(commands, "compare", "A scenario under each policy of choosing routes.", COMPARE_EXAMPLE)
     _add_scenario(command)
+    command.add_argument("--seeds", type=whole(1), default=1, help="how many, from --seed on (default: %(default)s)")
     command.add_argument("--processes", type=whole(1), help="at once (default: one a core)")
-    command.add_argument("--json", action="store_true", help="all reports as one JSON array on stdout")
+    command.add_argument("--json", action="store_true", help="a report a policy, as one JSON array on stdout")
     command.add_argument("--plot", type=Path, metavar="FILE", help="draw bars: FILE.png or FILE.svg")
     command = subcommand(commands, "hunt", "Many seeds in parallel, until one fails.", HUNT_EXAMPLE)
     command.add_argument("--scenario", default="storm", help="a name or a .toml file (default: %(default)s)")

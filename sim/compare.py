@@ -1,15 +1,16 @@
-"""Policies side by side: the same scenario and seed, once for each way to choose a route."""
+"""Policies side by side: the same scenario and seeds, once for each way to choose a route."""
 
 import multiprocessing
 import os
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from statistics import fmean
 
 from rich.table import Table
 
 from sim.baselines import POLICIES
-from sim.report import Report, seconds
+from sim.report import Latency, Report, seconds
 from sim.scenario import Scenario
 from sim.simulation import simulate
 
@@ -36,9 +37,10 @@ class Standing:
 
 @dataclass(frozen=True, slots=True)
 class Comparison:
-    """One report a policy, in the order of POLICIES."""
+    """One report a policy, in the order of POLICIES. Of several seeds each report is the mean of theirs."""
 
     reports: tuple[Report, ...]
+    seeds: tuple[int, ...]
 
     def standings(self) -> list[Standing]:
         """Where ours stands in each of the measures that count."""
@@ -52,6 +54,11 @@ class Comparison:
         """The measures in which another policy is better by more than TOLERANCE."""
         return [standing for standing in self.standings() if standing.ratio > 1 + TOLERANCE]
 
+    @property
+    def which(self) -> str:
+        """The seeds in words."""
+        return f"seed {self.seeds[0]}" if len(self.seeds) == 1 else f"seeds {self.seeds[0]} to {self.seeds[-1]}"
+
     def _standing(self, measure: str, key: Callable[[Report], float]) -> Standing:
         # Who answers fewer requests has shorter latencies for it: only those that answer about as many count.
         most = max(report.done for report in self.reports)
@@ -62,9 +69,7 @@ class Comparison:
     def table(self) -> Table:
         """For people: the best of each column is bold."""
         first = self.reports[0]
-        table = Table(
-            title=f"{first.scenario}, seed {first.seed}: {first.title}", title_justify="left", box=None, padding=0
-        )
+        table = Table(title=f"{first.scenario}, {self.which}: {first.title}", title_justify="left", box=None, padding=0)
         table.add_column("policy", style="bold", width=12)
         for name in ("tokens/s", "first p50", "first p95", "next p50", "next p95", "next p99", "failed"):
             table.add_column(name, justify="right", width=len(name) + 1)
@@ -83,36 +88,54 @@ class Comparison:
 @dataclass(frozen=True, slots=True)
 class _Job:
     scenario: Scenario
-    seed: int
     source: str
 
-    def __call__(self, policy: str) -> Report:
-        return simulate(self.scenario, self.seed, policy=policy, source=self.source, thorough=False)
+    def __call__(self, run: tuple[str, int]) -> Report:
+        policy, seed = run
+        return simulate(self.scenario, seed, policy=policy, source=self.source, thorough=False)
 
 
 def compare(
     scenario: Scenario,
-    seed: int,
+    seeds: Sequence[int],
     *,
     policies: Sequence[str] = POLICIES,
     source: str = "",
     processes: int | None = None,
     heard: Callable[[Report], None] = lambda report: None,
 ) -> Comparison:
-    """Run the scenario once for each policy, in parallel processes."""
-    job = _Job(scenario, seed, source)
-    workers = min(processes or os.cpu_count() or 1, len(policies))
+    """Run the scenario once for each policy and seed, in parallel processes. `heard` is told of each run."""
+    job = _Job(scenario, source)
+    runs = [(policy, seed) for policy in policies for seed in seeds]
+    workers = min(processes or os.cpu_count() or 1, len(runs))
     reports: list[Report] = []
     if workers == 1:
-        for policy in policies:
-            reports.append(job(policy))
+        for run in runs:
+            reports.append(job(run))
             heard(reports[-1])
-        return Comparison(tuple(reports))
-    with multiprocessing.get_context("spawn").Pool(workers) as pool:
-        for report in pool.imap(job, policies):
-            reports.append(report)
-            heard(report)
-    return Comparison(tuple(reports))
+    else:
+        with multiprocessing.get_context("spawn").Pool(workers) as pool:
+            for report in pool.imap(job, runs):
+                reports.append(report)
+                heard(report)
+    groups = [reports[first : first + len(seeds)] for first in range(0, len(reports), len(seeds))]
+    return Comparison(tuple(map(_together, groups)), tuple(seeds))
+
+
+def _together(reports: Sequence[Report]) -> Report:
+    """What is compared, of all seeds of a policy: sums of requests, and means."""
+    broken = next((report for report in reports if report.violations), reports[0])
+    return replace(
+        broken,
+        requests=sum(report.requests for report in reports),
+        done=sum(report.done for report in reports),
+        failed=sum(report.failed for report in reports),
+        refused=sum(report.refused for report in reports),
+        tokens_per_s=fmean(report.tokens_per_s for report in reports),
+        bound_tokens_per_s=fmean(report.bound_tokens_per_s for report in reports),
+        first_token=Latency.mean([report.first_token for report in reports]),
+        token=Latency.mean([report.token for report in reports]),
+    )
 
 
 def draw(comparison: Comparison, path: Path) -> None:
@@ -122,7 +145,7 @@ def draw(comparison: Comparison, path: Path) -> None:
     reports = comparison.reports
     first = reports[0]
     figure = Figure(figsize=(9, 3.6), layout="constrained")
-    figure.suptitle(f"{first.scenario}: {first.title} ({first.peers} peers, seed {first.seed})", fontsize=11)
+    figure.suptitle(f"{first.scenario}: {first.title} ({first.peers} peers, {comparison.which})", fontsize=11)
     rate, prompt, token = figure.subplots(1, 3)
     names = [report.policy for report in reports]
     colours = ["#0072b2" if report.policy == "ours" else "#aaaaaa" for report in reports]

@@ -1,7 +1,7 @@
 """What came of a run: numbers for programs, a table for people."""
 
 from array import array
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -30,6 +30,24 @@ class Latency:
             percentile(ranked, 0.5),
             percentile(ranked, 0.95),
             percentile(ranked, 0.99),
+        )
+
+    @classmethod
+    def mean(cls, several: "Sequence[Latency]") -> "Latency":
+        """Of several runs: the mean of each number, weighted by how much was measured."""
+        count = sum(one.count for one in several)
+        if not count:
+            return cls()
+
+        def over(number: Callable[[Latency], float]) -> float:
+            return sum(one.count * number(one) for one in several) / count
+
+        return cls(
+            count,
+            over(lambda one: one.mean_s),
+            over(lambda one: one.p50_s),
+            over(lambda one: one.p95_s),
+            over(lambda one: one.p99_s),
         )
 
 

@@ -29,7 +29,8 @@ def test_an_unknown_policy_is_refused() -> None:
 
 
 def test_a_comparison_says_where_ours_stands() -> None:
-    comparison = compare(resize(load("steady"), clients=3, duration_s=5), 1, policies=("ours", "random"), processes=1)
+    scenario = resize(load("steady"), clients=3, duration_s=5)
+    comparison = compare(scenario, [1], policies=("ours", "random"), processes=1)
     assert [report.policy for report in comparison.reports] == ["ours", "random"]
     assert [standing.measure for standing in comparison.standings()] == [
         "tokens_per_s",
@@ -37,6 +38,16 @@ def test_a_comparison_says_where_ours_stands() -> None:
         "token_p95_s",
     ]
     assert all(standing.ratio >= 1 for standing in comparison.standings())
+
+
+def test_several_seeds_are_their_mean() -> None:
+    scenario = resize(load("steady"), clients=3, duration_s=5)
+    alone = [compare(scenario, [seed], policies=("random",), processes=1).reports[0] for seed in (4, 5)]
+    [both] = compare(scenario, [4, 5], policies=("random",), processes=1).reports
+    assert both.done == alone[0].done + alone[1].done
+    assert both.tokens_per_s == pytest.approx((alone[0].tokens_per_s + alone[1].tokens_per_s) / 2)
+    assert both.token.count == alone[0].token.count + alone[1].token.count
+    assert min(one.token.p95_s for one in alone) <= both.token.p95_s <= max(one.token.p95_s for one in alone)
 
 
 def maximum_flow(peers: list[tuple[Span, float]], blocks: int, rate: float) -> float:

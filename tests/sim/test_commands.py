@@ -32,7 +32,7 @@ def command(*arguments: str) -> subprocess.CompletedProcess[str]:
 def test_a_run_and_a_comparison_become_pictures(suffix: str, tmp_path: Path) -> None:
     report = simulate(resize(load("steady"), peers=6, clients=2, duration_s=5), 1)
     draw(report, tmp_path / f"run.{suffix}")
-    draw_comparison(Comparison((report, report)), tmp_path / f"bars.{suffix}")
+    draw_comparison(Comparison((report, report), (1,)), tmp_path / f"bars.{suffix}")
     for name in ("run", "bars"):
         assert (tmp_path / f"{name}.{suffix}").stat().st_size > 3_000
 
