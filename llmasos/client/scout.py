@@ -11,8 +11,9 @@ the near ones are found in a world of which a client knows little.
 
 import asyncio
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from itertools import islice
 from random import Random
 
 from llmasos.errors import ConnectionLostError, MissingBlocksError
@@ -60,9 +61,10 @@ class Scout:
     async def route(self, view: SwarmView, request: RouteRequest) -> Route:
         """The cheapest of a few routes, by what their peers say now. Raises MissingBlocksError when there is none."""
         # 1. Draw.
-        drawn = self._draw(view, request, [False] + [True] * (DRAWS - 1))
+        routes = self._draw(view, request, [False] + [True] * (FIRST_DRAWS - 1))
+        drawn = list(islice(routes, DRAWS))
         if not all(self._health.measured(peer) for peer in drawn[0].peers):
-            drawn += self._draw(view, request, [True] * (FIRST_DRAWS - DRAWS))
+            drawn += routes
         hops = {hop.peer: hop for route in drawn for hop in route.hops}
         if len(hops) == len(set(drawn[0].peers)):
             return drawn[0]  # there is nothing to choose
@@ -82,7 +84,7 @@ class Scout:
         except MissingBlocksError:
             return drawn[0]
 
-    def _draw(self, view: SwarmView, request: RouteRequest, hopeful: Sequence[bool]) -> list[Route]:
+    def _draw(self, view: SwarmView, request: RouteRequest, hopeful: Sequence[bool]) -> Iterator[Route]:
         draws = [(hope, SPREAD) for hope in hopeful]
         return draw(view, request, self._network.now(), self._rng, self._health, draws)
 

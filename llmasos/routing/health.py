@@ -75,7 +75,8 @@ class Health:
 
     def __init__(self) -> None:
         self._peers: dict[str, _Peer] = {}  # in the order of last use
-        self._typical_rtt_s: float | None = DEFAULT_RTT_S  # None: to be computed again
+        self._typical_rtt_s: float | None = DEFAULT_RTT_S  # None: to be computed again; …
+        self._nearest_rtt_s: float | None = DEFAULT_RTT_S  # … so here
 
     def __len__(self) -> int:
         return len(self._peers)
@@ -88,7 +89,7 @@ class Health:
     def saw_rtt(self, peer: str, seconds: float, now: float) -> None:
         """A round trip of a small message took `seconds`."""
         self._touch(peer).rtt_s.add(max(0.0, seconds), now)
-        self._typical_rtt_s = None
+        self._typical_rtt_s = self._nearest_rtt_s = None
 
     def saw_load(self, peer: str, load: Load) -> None:
         """It said how busy it is."""
@@ -206,7 +207,10 @@ class Health:
     @property
     def nearest_rtt_s(self) -> float:
         """What to hope for of a peer that was never measured: to be as near as the nearest."""
-        return min((peer.rtt_s.value for peer in self._peers.values() if peer.rtt_s.weight), default=DEFAULT_RTT_S)
+        if self._nearest_rtt_s is None:
+            known = (peer.rtt_s.value for peer in self._peers.values() if peer.rtt_s.weight)
+            self._nearest_rtt_s = min(known, default=DEFAULT_RTT_S)
+        return self._nearest_rtt_s
 
     def _touch(self, peer: str) -> _Peer:
         known = self._peers.pop(peer, None) or _Peer()

@@ -12,7 +12,7 @@ wins, and no route is dearer than the cheapest by more than SPREAD. Sessions tha
 count as load at once (`health.py`), although no record shows them yet.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from random import Random
 from typing import NamedTuple
@@ -85,7 +85,7 @@ def plan(
     to be as near as the nearest, and not as far as the typical one. Raises MissingBlocksError, which says for each gap
     what stands in the way of the peers that have it.
     """
-    return draw(view, request, now, rng, health, [(hopeful, spread)])[0]
+    return next(draw(view, request, now, rng, health, [(hopeful, spread)]))
 
 
 def draw(
@@ -94,9 +94,11 @@ def draw(
     now: float,
     rng: Random,
     health: Health | None,
-    draws: Sequence[tuple[bool, float]],
-) -> list[Route]:
-    """A `plan` for each (hopeful, spread), with what does not depend on chance computed once."""
+    draws: Iterable[tuple[bool, float]],
+) -> Iterator[Route]:
+    """A `plan` for each (hopeful, spread), made when it is asked for; what does not depend on chance is computed once,
+    from what is known when the first is.
+    """
     health = Health() if health is None else health
     checkpoint = _checkpoint(view, request)
     end = checkpoint.blocks if request.end is None else request.end
@@ -106,7 +108,6 @@ def draw(
         Market(view, {kind: pools[kind] for kind in together}, request, checkpoint, end, now, rng, health)
         for together in kinds
     ]
-    routes = []
     for hopeful, spread in draws:
         found: list[tuple[float, list[_Leg]]] = []
         for market in markets:
@@ -117,8 +118,7 @@ def draw(
         if not found:
             raise missing_blocks(view, request, checkpoint, end, now, health)
         _, legs = min(found, key=lambda route: route[0])
-        routes.append(Route(tuple(_hop(leg, request.work, now, health) for leg in legs)))
-    return routes
+        yield Route(tuple(_hop(leg, request.work, now, health) for leg in legs))
 
 
 def replan(
