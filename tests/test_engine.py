@@ -85,13 +85,15 @@ def test_nobody_is_waited_for_who_has_been_away_for_long() -> None:
     assert abs(done_s - PASS_S) < 1e-6
 
 
-def test_who_decoded_in_other_passes_is_not_waited_for() -> None:
-    """Two sessions, half a pass behind each other: no pass waits to have both."""
+@pytest.mark.parametrize(("away_s", "shares"), [(0.5 * PASS_S, True), (0.9 * PASS_S, True), (3 * PASS_S, False)])
+def test_who_decodes_in_other_passes_is_waited_for_if_that_is_shorter_than_a_pass(away_s: float, shares: bool) -> None:
+    """Two sessions, half a pass behind each other: they come to share passes, or none waits to have both."""
 
-    async def main() -> float:
+    async def main() -> tuple[float, int]:
         loop = asyncio.get_running_loop()
         runner = SimRunner(SPAN, Speed(first_row_s=PASS_S / len(SPAN), row_s=1e-9))
         engine = Engine(runner, Scheduler(10_000, 64), loop.time)
+        engine.alone_s = PASS_S
         serving = asyncio.create_task(engine.serve())
         waits: list[float] = []
 
@@ -104,13 +106,19 @@ def test_who_decoded_in_other_passes_is_not_waited_for() -> None:
                 engine.submit(name, SPAN, step, step, from_numbers([7]), lambda *_: done.set())  # noqa: B023
                 await done.wait()
                 waits.append(loop.time() - began)
-                await asyncio.sleep(3 * PASS_S)
+                await asyncio.sleep(away_s)
 
-        await asyncio.gather(decode("a", 0.0), decode("b", 2 * PASS_S))
+        await asyncio.gather(decode("a", 0.0), decode("b", 0.5 * PASS_S if shares else 2 * PASS_S))
         serving.cancel()
-        return max(waits)
+        return max(waits[10:]), engine.passes
 
-    assert run(main()) <= PASS_S + 1e-6
+    longest_s, passes = run(main())
+    if shares:
+        assert passes <= 25, "twenty, and a few until they have met"
+        assert longest_s <= PASS_S + away_s + 1e-6
+    else:
+        assert passes == 40
+        assert longest_s <= PASS_S + 1e-6
 
 
 @pytest.mark.parametrize(("away_s", "waits"), [(0.002, True), (0.1, False)])

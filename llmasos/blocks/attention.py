@@ -74,11 +74,10 @@ def pattern_of_mask(
 
 @dataclass(slots=True)
 class Slot:
-    """The rows `[start, start + tokens)` of a packed forward pass: one session's, from `position` on."""
+    """The next `tokens` rows of a packed forward pass: one session's, from `position` on."""
 
     cache: SessionCache
     position: int
-    start: int
     tokens: int
 
 
@@ -86,7 +85,7 @@ class Slot:
 class PackedStep:
     """One packed forward pass: whose rows are where, and what is being attended to right now."""
 
-    slots: list[Slot]
+    slots: list[Slot]  # in the order of the rows; rows behind them are nobody's
     seen: list[tuple[torch.Tensor, torch.Tensor]] = field(default_factory=list)
     """Per slot: all keys and values of the block that wrote last, (heads, tokens, width)."""
     written: tuple[torch.Tensor, torch.Tensor] | None = None
@@ -95,6 +94,11 @@ class PackedStep:
     """By pattern and slot; the blocks of one step share them."""
     patterns: list[Pattern] = field(default_factory=list)
     """Keeps the patterns of `masks` alive, as their ids are the keys there."""
+
+    def split(self, rows: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """(heads, rows, width) cut into one piece a slot, and one of what is left."""
+        counts = [slot.tokens for slot in self.slots]
+        return torch.split(rows, [*counts, rows.shape[1] - sum(counts)], dim=1)
 
     def mask(self, pattern: Pattern, slot: int, like: torch.Tensor) -> Mask:
         found = self.masks.get((id(pattern), slot))
@@ -129,10 +133,9 @@ class PackedCache(Cache):  # type: ignore[misc]
         if self.step.written is not None:
             raise NotPackableError("a block writes its kv twice")
         self.step.written = key_states, value_states
-        for slot in self.step.slots:
-            rows = slice(slot.start, slot.start + slot.tokens)
-            kv = slot.cache.block(layer_idx)
-            self.step.seen.append(kv.write(slot.position, key_states[0, :, rows], value_states[0, :, rows]))
+        keys, values = self.step.split(key_states[0]), self.step.split(value_states[0])
+        for slot, new_keys, new_values in zip(self.step.slots, keys, values, strict=False):
+            self.step.seen.append(slot.cache.block(layer_idx).write(slot.position, new_keys, new_values))
         return key_states, value_states
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
@@ -186,19 +189,18 @@ def packed_attention(
     if step.written is None or step.written[0] is not key or step.written[1] is not value:
         raise NotPackableError("it attends to something else than what it puts into the kv cache")
     pattern = attention_mask or _CAUSAL
-    out = query.new_zeros(1, query.shape[2], query.shape[1], value.shape[3])
-    for index, (slot, (keys, values)) in enumerate(zip(step.slots, step.seen, strict=True)):
-        rows = query[0, :, slot.start : slot.start + slot.tokens]  # (query heads, tokens, width)
+    *queries, rest = step.split(query[0])  # (query heads, tokens, width) each
+    attended = []
+    for index, (rows, (keys, values)) in enumerate(zip(queries, step.seen, strict=True)):
         if softcap is None and s_aux is None:
-            attended = _attend(rows, keys, values, pattern, step, index, scaling)
+            attended.append(_attend(rows, keys, values, pattern, step, index, scaling))
         else:
-            attended = _attend_explicitly(
-                rows, keys, values, step.mask(pattern, index, rows), scaling, softcap=softcap, sinks=s_aux
-            )
-        out[0, slot.start : slot.start + slot.tokens] = attended.transpose(0, 1)
+            mask = step.mask(pattern, index, rows)
+            attended.append(_attend_explicitly(rows, keys, values, mask, scaling, softcap=softcap, sinks=s_aux))
     step.seen.clear()
     step.written = None
-    return out, None
+    attended.append(rest.new_zeros(rest.shape[0], rest.shape[1], value.shape[3]))
+    return torch.cat(attended, dim=1).transpose(0, 1)[None], None
 
 
 def _is_off(given: Any) -> bool:
@@ -223,8 +225,10 @@ def _attend(
     start, mask = step.mask(pattern, slot, query)
     if mask is not None and group > 1:
         mask = mask.repeat(group, 1)  # (group x tokens, length)
+    if start:
+        keys, values = keys[:, start:], values[:, start:]
     grouped = query.reshape(1, heads, group * tokens, query.shape[2])
-    out = sdpa(grouped, keys[None, :, start:], values[None, :, start:], attn_mask=mask, scale=scaling)
+    out = sdpa(grouped, keys[None], values[None], attn_mask=mask, scale=scaling)
     return out.reshape(query.shape[0], tokens, values.shape[2])
 
 

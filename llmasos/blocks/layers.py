@@ -136,19 +136,17 @@ class DecoderBlocks:
 
     def _run_packed(self, span: Span, chunks: list[BlockChunk]) -> list[torch.Tensor]:
         """All chunks in one forward pass. A single row is run as two: it has the same bits in any company then."""
-        slots, start = [], 0
-        for chunk in chunks:
-            slots.append(Slot(chunk.cache, chunk.position, start, chunk.hidden.shape[0]))
-            start += chunk.hidden.shape[0]
+        slots = [Slot(chunk.cache, chunk.position, chunk.hidden.shape[0]) for chunk in chunks]
         rows = [chunk.hidden for chunk in chunks]
         positions = [torch.arange(slot.position, slot.position + slot.tokens) for slot in slots]
-        if start == 1:
+        counts = [slot.tokens for slot in slots]
+        if sum(counts) == 1:
             rows, positions = rows * 2, positions * 2
         hidden = torch.cat(rows).to(self.device, self.torch_dtype)[None]  # (1, rows, hidden)
         with PackedCache(PackedStep(slots)) as cache:
             out = self._run(span, hidden, torch.cat(positions)[None].to(self.device), cache)[0]
         # Copies: whoever keeps one session's rows must not keep the whole batch alive.
-        return [out[slot.start : slot.start + slot.tokens].clone() for slot in slots]
+        return [part.clone() for part in torch.split(out[: sum(counts)], counts)]
 
     def _run_alone(self, span: Span, chunks: list[BlockChunk]) -> list[torch.Tensor]:
         """One chunk, in the family's own way."""

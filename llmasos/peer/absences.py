@@ -1,9 +1,11 @@
 """How long sessions that decode are away between two steps: to the client, through its head and back.
 
-A pass over nothing but prompts that begins while one is about to return makes its token wait for all of that pass.
+A pass over nothing but prompts that begins while one is about to return makes its token wait for all of that pass; a
+pass over tokens of others then, and every weight is read twice.
 Pure bookkeeping; times are seconds of any one clock.
 """
 
+import math
 from dataclasses import dataclass
 
 LATE = 1.5
@@ -38,13 +40,16 @@ class Absences:
         """It is over."""
         self._of.pop(session, None)
 
-    def wait_s(self, now: float, within_s: float) -> float:
-        """How long to wait until all are back, or late, that are usually back within that time; 0: for nobody."""
+    def wait_s(self, now: float, within_s: float, *, away_s: float = math.inf) -> float:
+        """How long to wait until all are back, or late, that are usually back within that time and are never away for
+        much longer than `away_s`; 0: for nobody.
+        """
         ends = [
             absence.since + LATE * absence.usual_s
             for absence in self._of.values()
             if absence.since is not None
             and absence.usual_s is not None
+            and absence.usual_s <= away_s
             and absence.since + absence.usual_s - now <= within_s
         ]
         return max(max(ends, default=now) - now, 0.0)

@@ -62,6 +62,8 @@ class Engine:
         self._pending: dict[tuple[str, int], _Pending] = {}
         self._running: set[str] = set()
         self._leaving: set[str] = set()
+        self.alone_s = 0.0
+        """What a pass of one row takes: reading every weight once."""
         self._absences = Absences()
         self._pass_s = 0.0  # how long the last pass took
         self._prompt_pass_s = 0.0  # how long the last pass with a prompt took
@@ -123,7 +125,7 @@ class Engine:
                 await self._gather()
                 continue
             decoding = [piece.decodes for piece in batch]
-            if not any(decoding) and await self._somebody_returned():
+            if await self._somebody_returned(self._worth_waiting_s(any(decoding))):
                 continue
             self._running = {piece.session for piece in batch}
             begin = self._clock()
@@ -148,15 +150,24 @@ class Engine:
 
         Without this the first would run alone, the others behind it, and every weight would be read twice from then on.
         """
-        while self.scheduler.missing_mates:
+        while self.scheduler.missing_mates and not self._worth_waiting_s(decoding=True):
             waiting = self.scheduler.waiting_sessions
             await asyncio.sleep(GATHER * self._pass_s)
             if self.scheduler.waiting_sessions == waiting:
                 return
 
-    async def _somebody_returned(self) -> bool:
-        """Before a pass over prompts alone: wait a moment for those who decode and are about to be back."""
-        wait_s = self._absences.wait_s(self._clock(), WORTH_WAITING * self._prompt_pass_s)
+    def _worth_waiting_s(self, decoding: bool) -> float:
+        """How long a pass had better wait for those who decode and are about to be back.
+
+        One over prompts alone would make their tokens wait for all of it. One in which others decode reads the weights
+        once more if it does not wait: who is away for no longer than that takes costs less than a pass of their own.
+        """
+        if decoding:
+            return self._absences.wait_s(self._clock(), self.alone_s, away_s=self.alone_s)
+        return self._absences.wait_s(self._clock(), WORTH_WAITING * self._prompt_pass_s)
+
+    async def _somebody_returned(self, wait_s: float) -> bool:
+        """Within that time, as far as any is given."""
         if wait_s <= 0:
             return False
         self._wake.clear()

@@ -57,6 +57,7 @@ class Peer:
         self._failed = asyncio.get_running_loop().create_future()
         self.speed = await self.runner.measure()
         self.engine.scheduler.prompt_rows = self._prompt_rows()
+        self.engine.alone_s = self.speed.first_row_s * len(self.runner.span)
         self._start(self.engine.serve(), "engine")
         self.network.serve(PROTOCOL, self.handler)
         await self.announcer.announce(PeerState.ONLINE)
