@@ -83,7 +83,7 @@ def compare_policies(args: Namespace) -> None:
         plot.check(args.plot)
     seeds = range(args.seed, args.seed + args.seeds)
     policies = ", ".join(POLICIES)
-    say(f"{scenario.name}, {len(seeds)} seeds from {args.seed} on, under {len(POLICIES)} policies: {policies}")
+    say(f"{scenario.name}, seeds {seeds[0]} to {seeds[-1]}, under {len(POLICIES)} policies: {policies}")
     comparison = compare(
         scenario,
         seeds,
