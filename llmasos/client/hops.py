@@ -33,6 +33,7 @@ class Hops:
         self._blocks = blocks
         self._hops: list[HopLink] = []
         self._aside: list[HandOver] = []
+        self._settled = False  # everybody was in order, and nothing has been mended since
         self._starving: dict[HopLink, tuple[int, float]] = {}  # the step that the next hop saw last, and since when
 
     def __iter__(self) -> Iterator[HopLink]:
@@ -56,6 +57,11 @@ class Hops:
     def everybody(self) -> list[HopLink]:
         """Those aside included."""
         return [*self._hops, *(pair.old for pair in self._aside)]
+
+    @property
+    def settled(self) -> bool:
+        """Whether there is nothing to mend, as a glance tells: it is asked for each token."""
+        return self._settled and all(hop.lost is None and not hop.cut_off and not hop.draining for hop in self._hops)
 
     def index(self, hop: HopLink) -> int:
         return self._hops.index(hop)
@@ -112,7 +118,7 @@ class Hops:
     def clear(self) -> list[HopLink]:
         """Take everybody out; returns them."""
         everybody = self.everybody
-        self._hops, self._aside = [], []
+        self._hops, self._aside, self._settled = [], [], False
         return everybody
 
     def drop_lost(self) -> list[HopLink]:
@@ -139,6 +145,7 @@ class Hops:
 
         Nothing was answered meanwhile, so it lags behind in nothing.
         """
+        self._settled = False  # something is about to be mended
         leaving: list[HopLink] = []
         for pair in list(self._aside):
             if pair.old.lost is None and any(hop.lost is not None for hop in pair.newcomers):
@@ -152,9 +159,9 @@ class Hops:
         return leaving
 
     def end_hand_overs(self) -> list[HopLink]:
-        """The newcomers have caught up; returns those who can go."""
+        """The newcomers have caught up, and all is in order; returns those who can go."""
         leaving = [pair.old for pair in self._aside]
-        self._aside = []
+        self._aside, self._settled = [], True
         return leaving
 
     def _end_relays_beside(self, hop: HopLink) -> None:

@@ -173,7 +173,7 @@ class Session:
 
         await self._send_rows(start, end, wanted, landed)
         if end - start == 1:
-            self._router.saw_step(self.route.hops, loop.time() - begin, self._spent)
+            self._router.saw_step([hop.plan for hop in self._hops], loop.time() - begin, self._spent)
 
     async def _send_rows(
         self,
@@ -244,7 +244,7 @@ class Session:
         """Make every hop live: relay past broken links, replace what is lost, let newcomers catch up, move away from
         peers that drain. One thing at a time, until there is nothing left to do.
         """
-        while True:
+        while not self._hops.settled:
             for hop in self._hops.undo_hand_overs():
                 self._connections.leave(hop)
             cut_off = next((hop for hop in self._hops if hop.cut_off), None)

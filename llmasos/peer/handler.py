@@ -9,6 +9,7 @@ import asyncio
 import itertools
 import logging
 from dataclasses import dataclass
+from weakref import WeakValueDictionary
 
 from llmasos.codec import CODECS
 from llmasos.config import ATTACH_TIMEOUT_S, SESSION_LEASE_S
@@ -62,7 +63,10 @@ class Handler:
         self._engine = engine
         self._served = served
         self._sessions: dict[str, PeerSession] = {}
-        self._arrivals = asyncio.Condition()
+        self._empty = asyncio.Event()
+        self._empty.set()
+        self._expected: WeakValueDictionary[str, asyncio.Event] = WeakValueDictionary()
+        """Sessions that a previous hop has come for before their client; forgotten with the last that waits."""
         self._keys = itertools.count()
 
     @property
@@ -78,8 +82,7 @@ class Handler:
 
     async def wait_until_idle(self) -> None:
         """Return once no session is open."""
-        async with self._arrivals:
-            await self._arrivals.wait_for(lambda: not self._sessions)
+        await self._empty.wait()
 
     async def cut_off(self) -> None:
         """End the sessions that are left; their clients notice at once."""
@@ -134,8 +137,10 @@ class Handler:
         session.tell(Opened(kv_free_tokens=kv_free_tokens, prefix_tokens=prefix_tokens, codecs=CODECS))
         self._watcher.found(prefix_tokens)
         self._sessions[request.session] = session
+        self._empty.clear()
+        if (expected := self._expected.get(request.session)) is not None:
+            expected.set()
         try:
-            await self._notify()
             log.debug(
                 "a session of %s begins: blocks %s, %d tokens", short_id(stream.peer), session.span, request.tokens
             )
@@ -144,12 +149,8 @@ class Handler:
             log.debug("the session ends")
             del self._sessions[request.session]
             await session.close()
-            await self._notify()
-
-    async def _notify(self) -> None:
-        """Somebody has come or gone."""
-        async with self._arrivals:
-            self._arrivals.notify_all()
+            if not self._sessions:
+                self._empty.set()
 
     def _refusal(self, request: Open) -> Failed | None:
         """Why a session cannot be opened here; None when it can. Asked in order, the first answer counts."""
@@ -216,12 +217,14 @@ class Handler:
 
     async def _session(self, name: str) -> PeerSession | None:
         """The session of that name, waiting a little for one whose `Open` is still on its way."""
-        try:
-            async with asyncio.timeout(ATTACH_TIMEOUT_S), self._arrivals:
-                await self._arrivals.wait_for(lambda: name in self._sessions)
-                return self._sessions[name]
-        except TimeoutError:
-            return None
+        if name not in self._sessions:
+            arrived = self._expected.setdefault(name, asyncio.Event())
+            try:
+                async with asyncio.timeout(ATTACH_TIMEOUT_S):
+                    await arrived.wait()
+            except TimeoutError:
+                return None
+        return self._sessions.get(name)
 
     # --- a stranger who asks how far and how busy we are -------------------------------------------------------------
 

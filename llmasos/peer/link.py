@@ -7,6 +7,7 @@ leave a hole in the next hop's cache. The client is told of each step that is no
 
 import asyncio
 import logging
+from collections import deque
 from collections.abc import Awaitable, Callable, Iterable
 
 from llmasos.config import OPEN_TIMEOUT_S
@@ -27,27 +28,34 @@ class Outbox:
         self.rows = 0
         self._send = send
         self._moved = moved
-        self._waiting: asyncio.Queue[tuple[Iterable[AnyMessage], int]] = asyncio.Queue()
+        self._waiting: deque[tuple[Iterable[AnyMessage], int]] = deque()
+        self._idle: asyncio.Future[None] | None = None  # what `serve` waits for
 
     def put(self, message: AnyMessage) -> None:
         """Queue a message; it counts as the rows that it holds, and never as nothing."""
-        rows = max(message.hidden.tokens, 1) if isinstance(message, _WITH_ROWS) else 1
-        self.rows += rows
-        self._waiting.put_nowait(((message,), rows))
+        self._put((message,), max(message.hidden.tokens, 1) if isinstance(message, _WITH_ROWS) else 1)
 
     def put_later(self, messages: Iterable[AnyMessage]) -> None:
         """Queue messages that are made when their turn comes, one after the other; they count as one row together."""
-        self.rows += 1
-        self._waiting.put_nowait((messages, 1))
+        self._put(messages, 1)
 
     async def serve(self) -> None:
         """Send until cancelled, or until `send` raises."""
         while True:
-            messages, rows = await self._waiting.get()
+            if not self._waiting:
+                self._idle = asyncio.get_running_loop().create_future()
+                await self._idle
+            messages, rows = self._waiting.popleft()
             for message in messages:
                 await self._send(message)
             self.rows -= rows
             self._moved()
+
+    def _put(self, messages: Iterable[AnyMessage], rows: int) -> None:
+        self.rows += rows
+        self._waiting.append((messages, rows))
+        if self._idle is not None and not self._idle.done():
+            self._idle.set_result(None)
 
 
 class Link:
