@@ -16,7 +16,7 @@ import time
 from dataclasses import dataclass
 
 from llmasos.client.async_client import AsyncLLMasOS
-from llmasos.client.generate import Generation, GenerationRequest
+from llmasos.client.generation import Generation, GenerationRequest
 from llmasos.config import ClientConfig
 from llmasos.local import LocalSwarm
 

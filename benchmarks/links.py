@@ -30,7 +30,7 @@ from typing import get_args
 import uvloop
 
 from llmasos.client.async_client import AsyncLLMasOS
-from llmasos.client.generate import Generation
+from llmasos.client.generation import Generation
 from llmasos.config import ClientConfig, Codec, NetworkConfig
 from llmasos.network import Network
 from llmasos.p2p import P2PNetwork

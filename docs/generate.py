@@ -125,7 +125,7 @@ def api_page() -> str:
 HELPERS = {
     "AsyncLLMasOS": [("llmasos.client.async_client", "Options")],
     "Generation": [
-        ("llmasos.client.generate", "RoutedHop"),
+        ("llmasos.client.generation", "RoutedHop"),
         *(("llmasos.client.trace", name) for name in ("Trace", "HopTime", "StepTime")),
     ],
 }

@@ -32,7 +32,7 @@ from llmasos.errors import (
 if TYPE_CHECKING:
     from llmasos.client.async_client import AsyncLLMasOS
     from llmasos.client.client import LLMasOS
-    from llmasos.client.generate import Generation
+    from llmasos.client.generation import Generation
     from llmasos.client.transformers_model import SwarmModelForCausalLM
 
 __version__ = "0.1.0"
@@ -61,7 +61,7 @@ __all__ = [
 
 _LAZY = {
     "AsyncLLMasOS": "llmasos.client.async_client",
-    "Generation": "llmasos.client.generate",
+    "Generation": "llmasos.client.generation",
     "LLMasOS": "llmasos.client.client",
     "SwarmModelForCausalLM": "llmasos.client.transformers_model",
 }

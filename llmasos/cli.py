@@ -13,7 +13,19 @@ from llmasos.cli_route import add_route, route
 from llmasos.cli_serve import add_gateway, add_key, add_up, gateway, key, up
 from llmasos.client.chat import add_chat, chat, tell_event
 from llmasos.config import ClientConfig, NetworkConfig
-from llmasos.console import add_numbers, parser, progress, run, say, set_up_logging, show, subcommand, tell, whole
+from llmasos.console import (
+    add_draft,
+    add_numbers,
+    parser,
+    progress,
+    run,
+    say,
+    set_up_logging,
+    show,
+    subcommand,
+    tell,
+    whole,
+)
 from llmasos.doctor import add_doctor, doctor
 from llmasos.errors import UsageError, serve_command
 from llmasos.multiaddr import parse_multiaddr
@@ -30,7 +42,7 @@ async def generate(args: Namespace) -> None:
 
     import_lean()
     from llmasos.client.async_client import AsyncLLMasOS
-    from llmasos.client.generate import Generation
+    from llmasos.client.generation import Generation
 
     options: dict[str, Any] = {
         "max_new_tokens": args.max_new_tokens,
@@ -41,7 +53,7 @@ async def generate(args: Namespace) -> None:
         "stop": args.stop,
         "trace": args.trace is not None,
     }
-    config = ClientConfig(dtype=args.dtype, quantization=args.quantization)
+    config = ClientConfig(dtype=args.dtype, quantization=args.quantization, draft_model=args.draft)
     async with AsyncLLMasOS(args.join, config=config, on_event=tell_event) as client:
         result: Generation | None = None
         async for piece in client.stream(prompt, args.model, **options):
@@ -215,6 +227,7 @@ def _add_generate(command: ArgumentParser) -> None:
         "--trace", type=Path, metavar="FILE", help="write where the time went, for Perfetto or chrome://tracing"
     )
     add_numbers(command)
+    add_draft(command)
     _add_join(command)
     _add_json(command)
 

@@ -158,6 +158,8 @@ class ClientConfig:
     the second. Smaller chunks fill the pipeline sooner, larger ones use the matrix units better."""
     speculate: bool = True
     """Guess tokens from the text and check several in one step, while that is measured to pay. Changes no text."""
+    draft_model: str = ""
+    """Guess with this model, on this machine: the name of a smaller one with the same vocabulary."""
     share_prefixes: bool = True
     """Let peers keep the kv of prompts for later ones of this client that begin alike. They learn which do, not how."""
     step_timeout_s: float = 30.0

@@ -206,6 +206,13 @@ def add_numbers(command: ArgumentParser) -> None:
     )
 
 
+def add_draft(command: ArgumentParser) -> None:
+    """The option of those who write long texts."""
+    command.add_argument(
+        "--draft", default="", metavar="MODEL", help="guess tokens with this smaller model, here; changes no text"
+    )
+
+
 def add_log_format(command: ArgumentParser) -> None:
     """The option of every command that stays."""
     command.add_argument("--log-format", choices=LOG_FORMATS, help=f"(default: ${LOG_FORMAT}, else pretty)")

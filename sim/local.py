@@ -18,7 +18,7 @@ from typing import Any, Literal, get_args
 from rich.table import Table
 
 from llmasos.client.async_client import AsyncLLMasOS
-from llmasos.client.generate import Generation
+from llmasos.client.generation import Generation
 from llmasos.config import ClientConfig, NetworkConfig
 from llmasos.console import say
 from llmasos.errors import LLMasOSError, UsageError

@@ -17,7 +17,7 @@ from sim.links import LinkPlan
 from sim.tenths import Tenths
 
 if TYPE_CHECKING:
-    from llmasos.client.generate import Generation
+    from llmasos.client.generation import Generation
     from sim.local import LocalReport, LocalWork
 
 EXAMPLE = """  python -m sim local --peers 3 --prompt "The world is"

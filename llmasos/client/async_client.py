@@ -12,8 +12,10 @@ from llmasos.blocks.ends import load_ends
 from llmasos.blocks.registry import load_tokenizer, resolve
 from llmasos.blocks.sampling import SamplingParams
 from llmasos.client import prompts
+from llmasos.client.draft import DraftModel
 from llmasos.client.events import OnEvent, ignore
-from llmasos.client.generate import Dialogue, Generation, GenerationRequest, Generator
+from llmasos.client.generate import Dialogue, Generator
+from llmasos.client.generation import Generation, GenerationRequest
 from llmasos.client.http_client import HttpGateway
 from llmasos.client.router import Router
 from llmasos.client.session import Session
@@ -389,4 +391,6 @@ async def _last(pieces: AsyncIterator[str | Generation]) -> Generation:
 def _load(model_name: str, config: ClientConfig) -> Generator:
     spec = resolve(model_name)
     ends = load_ends(spec, dtype=config.dtype, quantization=config.quantization)
-    return Generator(spec, ends, load_tokenizer(spec), speculate=config.speculate)
+    tokenizer = load_tokenizer(spec)
+    draft = DraftModel(config.draft_model, tokenizer) if config.draft_model else None
+    return Generator(spec, ends, tokenizer, speculate=config.speculate, draft=draft)

@@ -19,13 +19,14 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
 
 from llmasos.config import ClientConfig
-from llmasos.console import add_numbers, say, talk, whole
+from llmasos.console import add_draft, add_numbers, say, talk, whole
 from llmasos.errors import LLMasOSError, UsageError
 
 if TYPE_CHECKING:
     from llmasos.client.async_client import AsyncLLMasOS
     from llmasos.client.events import Event
-    from llmasos.client.generate import Dialogue, Generation
+    from llmasos.client.generate import Dialogue
+    from llmasos.client.generation import Generation
 
 HISTORY_FILE = Path("~/.llmasos_chat_history")
 ROOM_TOKENS = 4_096
@@ -175,7 +176,7 @@ class Speaker:
     async def answer(self, conversation: Conversation) -> AsyncGenerator["str | Generation", None]:
         """Pieces of the answer, and all about it at last."""
         from llmasos.blocks.sampling import SamplingParams
-        from llmasos.client.generate import Generation, GenerationRequest, Piece
+        from llmasos.client.generation import Generation, GenerationRequest, Piece
 
         generator = await self._client.generator(self._model)
         ids = await generator.encode(generator.chat_prompt(conversation.messages), special=False)
@@ -271,6 +272,7 @@ def add_chat(command: ArgumentParser) -> None:
     command.add_argument("--max-new-tokens", type=whole(1), default=defaults.max_tokens, help="(default: %(default)s)")
     command.add_argument("--seed", type=int, help="the same seed gives the same answers")
     add_numbers(command)
+    add_draft(command)
 
 
 async def chat(args: Namespace) -> None:
@@ -288,7 +290,7 @@ async def chat(args: Namespace) -> None:
         max_tokens=args.max_new_tokens,
         seed=args.seed,
     )
-    config = ClientConfig(dtype=args.dtype, quantization=args.quantization)
+    config = ClientConfig(dtype=args.dtype, quantization=args.quantization, draft_model=args.draft)
     async with AsyncLLMasOS(args.join, config=config, on_event=tell_event) as client:
         generator = await client.generator(args.model)
         generator.chat_prompt([{"role": "user", "content": "?"}])  # a model that cannot chat says so now

@@ -11,7 +11,7 @@ from aiohttp import web
 
 from llmasos.client.gateway_metrics import Metrics
 from llmasos.client.gateway_texts import Event, Texts
-from llmasos.client.generate import Generation, Piece, PromptScores
+from llmasos.client.generation import Generation, Piece, PromptScores
 from llmasos.client.openai_answers import Choice, Head, TokenScore, ToolCalls, part_of_choice, usage, whole_choice
 from llmasos.client.openai_fields import ApiError, as_api_error, error_body
 from llmasos.config import GatewayConfig

@@ -12,7 +12,8 @@ from llmasos.blocks.sampling import SamplingParams, Scored
 from llmasos.client.async_client import AsyncLLMasOS
 from llmasos.client.events import Event as SessionEvent
 from llmasos.client.events import Rerouted
-from llmasos.client.generate import Dialogue, Generation, GenerationRequest, Generator, Piece, PromptScores
+from llmasos.client.generate import Dialogue, Generator
+from llmasos.client.generation import Generation, GenerationRequest, Piece, PromptScores
 from llmasos.client.openai_answers import TokenScore
 from llmasos.client.openai_api import Options
 from llmasos.client.token_bytes import TokenBytes, offsets_of

@@ -8,9 +8,9 @@ import secrets
 from array import array
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from hashlib import blake2b
-from typing import Any, Literal, TypeVar
+from typing import Any, TypeVar
 
 import torch
 from jinja2 import TemplateError
@@ -18,125 +18,21 @@ from jinja2 import TemplateError
 from llmasos.blocks.ends import ModelEnds
 from llmasos.blocks.grammar import Grammar, Grammars
 from llmasos.blocks.registry import ModelSpec
-from llmasos.blocks.sampling import Sampler, SamplingParams, Scored, score
+from llmasos.blocks.sampling import Sampler, Scored, score
 from llmasos.blocks.tensors import from_torch, to_torch
+from llmasos.client.draft import DraftModel, DraftText
+from llmasos.client.generation import FinishReason, Generation, GenerationRequest, Piece, PromptScores, RoutedHop
 from llmasos.client.head import MAX_ROWS, SharedHead
 from llmasos.client.session import Session
 from llmasos.client.speculation import Ahead, Speculator
 from llmasos.client.text import Detokenizer, StopText
-from llmasos.client.trace import Trace
 from llmasos.config import MAX_PREFIX_PAGES, PREFIX_PAGE_TOKENS
 from llmasos.errors import MissingBlocksError, UsageError
 
 T = TypeVar("T")
 
-FinishReason = Literal["stop", "length"]
-
-
 TEMPLATE_FAILURES = (TemplateError, TypeError, ValueError, KeyError, AttributeError)
 """A template is a program of the model's makers: roles in an order that it does not expect make it fail anyhow."""
-
-
-@dataclass(frozen=True, slots=True)
-class GenerationRequest:
-    """What to generate. Lengths are in tokens; `max_length` counts the prompt, as in transformers.
-
-    Raises UsageError for lengths that cannot be.
-    """
-
-    prompt: str
-    max_length: int | None = None
-    max_new_tokens: int | None = None
-    sampling: SamplingParams = field(default_factory=SamplingParams)
-    stop: tuple[str, ...] = ()
-    return_full_text: bool = False
-    logprobs: int | None = None
-    """Score each token, with so many of the likeliest beside it; 0 for itself only."""
-    score_prompt: bool = False
-    """Score the prompt as well. It is then computed whole, whatever the session holds of it."""
-    json_schema: str | None = None
-    """The text must be JSON that this schema, itself JSON, allows."""
-    trace: bool = False
-    """Tell where the time went. For that the session must be traced."""
-
-    DEFAULT_NEW_TOKENS = 64
-
-    def __post_init__(self) -> None:
-        if self.max_length is not None and self.max_new_tokens is not None:
-            raise UsageError("max_length and max_new_tokens are both given", hint="give one of them")
-        for name in ("max_length", "max_new_tokens"):
-            value = getattr(self, name)
-            if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
-                raise UsageError(f"{name} is {value!r}: it must be a whole number above zero")
-        if any(not text for text in self.stop):
-            raise UsageError("a stop text is empty: it would stop before the first token")
-
-    def new_tokens(self, prompt_tokens: int, context_tokens: int) -> int:
-        """How many tokens may be generated behind a prompt. Raises UsageError when the context has no room."""
-        if prompt_tokens >= context_tokens:
-            raise UsageError(
-                f"the prompt has {prompt_tokens} tokens, the context of the model {context_tokens}",
-                hint="shorten the prompt: at least one position must be left for the answer",
-            )
-        if self.max_length is not None:
-            if self.max_length <= prompt_tokens:
-                raise UsageError(
-                    f"max_length is {self.max_length}, but the prompt alone has {prompt_tokens} tokens",
-                    hint=f"max_length counts the prompt: give at least {prompt_tokens + 1}, or use max_new_tokens",
-                )
-            return min(self.max_length, context_tokens) - prompt_tokens
-        wanted = self.max_new_tokens if self.max_new_tokens is not None else self.DEFAULT_NEW_TOKENS
-        return min(wanted, context_tokens - prompt_tokens)
-
-
-@dataclass(frozen=True, slots=True)
-class RoutedHop:
-    """A peer of the route, and the blocks it computed."""
-
-    peer: str
-    blocks: str
-
-
-@dataclass(frozen=True, slots=True)
-class Generation:
-    """A finished generation. `text` is the completion (behind the prompt, if that was asked for)."""
-
-    text: str
-    token_ids: tuple[int, ...]
-    prompt_tokens: int
-    completion_tokens: int
-    finish_reason: FinishReason
-    route: tuple[RoutedHop, ...]
-    time_to_first_token_s: float
-    tokens_per_s: float
-    failovers: int
-    trace: Trace | None = None
-
-    def as_json(self) -> dict[str, Any]:
-        """For `json.dumps`; without a trace if there is none."""
-        fields = asdict(self)
-        if self.trace is None:
-            del fields["trace"]
-        return fields
-
-
-@dataclass(frozen=True, slots=True)
-class Piece:
-    """Text that no later token changes, and the tokens that it came of, scored if that was asked for.
-
-    `offsets` says where in the completion each of them begins, in characters.
-    """
-
-    text: str
-    scores: tuple[Scored, ...] = ()
-    offsets: tuple[int, ...] = ()
-
-
-@dataclass(frozen=True, slots=True)
-class PromptScores:
-    """How likely the model found each token of the prompt."""
-
-    scores: tuple[Scored, ...]
 
 
 @dataclass(slots=True)
@@ -158,9 +54,18 @@ class Generator:
     Heavy calls run on one thread of its own, so that the event loop of a process with many generations stays free.
     """
 
-    def __init__(self, spec: ModelSpec, ends: ModelEnds, tokenizer: Any, *, speculate: bool = True) -> None:
+    def __init__(
+        self,
+        spec: ModelSpec,
+        ends: ModelEnds,
+        tokenizer: Any,
+        *,
+        speculate: bool = True,
+        draft: DraftModel | None = None,
+    ) -> None:
         self.spec = spec
         self._speculate = speculate
+        self._draft = draft
         self.tokenizer = tokenizer
         self._ends = ends
         self._grammars = Grammars(tokenizer, ends.vocab_size, spec.eos_token_ids)
@@ -224,6 +129,8 @@ class Generator:
     def close(self) -> None:
         """Let the thread go."""
         self._thread.shutdown()
+        if self._draft is not None:
+            self._draft.close()
 
     async def run(
         self, request: GenerationRequest, dialogue: Dialogue, prompt_ids: Sequence[int], new_tokens: int
@@ -259,7 +166,7 @@ class Generator:
         reason: FinishReason = "length"
         waiting: list[tuple[Scored, int]] = []  # scored tokens whose text is held back, and where it begins
         # 2. The prompt.
-        ahead, speculator = Ahead(), Speculator(ids)
+        ahead, speculator = Ahead(), self._speculator(ids)
         if request.score_prompt:
             dialogue.held.clear()
             row, scores = await self._score_prompt(dialogue, ids, request.logprobs or 0)
@@ -336,8 +243,10 @@ class Generator:
         speculator.settle(ahead.guessed, ahead.right)
         del dialogue.held[len(ids) - 1 :]  # a wrong guess is rolled back
         decoding = len(dialogue.held) == len(ids) - 1
-        guesses = speculator.propose(room) if decoding and self._speculate else []
         begin = asyncio.get_running_loop().time()
+        guesses: list[int] = []
+        if decoding and self._speculate:
+            guesses = await self._guess(lambda: speculator.propose(room))
         with self._head.expecting():
             rows = await self._forward(dialogue, [*ids, *guesses], keep=1 + len(guesses))
             logits = await self._head.logits(rows)
@@ -347,6 +256,20 @@ class Generator:
         first = ahead.take(ids[-1])
         assert first is not None, "a step brings the scores it was sent for"
         return first
+
+    def _speculator(self, prompt_ids: Sequence[int]) -> Speculator:
+        if self._draft is None or not self._speculate:
+            return Speculator(prompt_ids)
+        text = DraftText(self._draft)
+        speculator = Speculator(prompt_ids, text)
+        self._draft.thread.submit(text.read)
+        return speculator
+
+    async def _guess(self, propose: Callable[[], list[int]]) -> list[int]:
+        """On the draft model's thread, where there is one."""
+        if self._draft is None:
+            return propose()
+        return await asyncio.get_running_loop().run_in_executor(self._draft.thread, propose)
 
     async def _forward(self, dialogue: Dialogue, ids: Sequence[int], keep: int) -> torch.Tensor:
         """Send what the session does not hold yet through the blocks: the last `keep` rows that come out."""

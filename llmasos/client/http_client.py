@@ -8,7 +8,7 @@ from typing import Any
 
 import aiohttp
 
-from llmasos.client.generate import Generation, GenerationRequest, RoutedHop
+from llmasos.client.generation import Generation, GenerationRequest, RoutedHop
 from llmasos.client.trace import Trace, trace_from_json
 from llmasos.errors import (
     LLMasOSError,

@@ -1,9 +1,10 @@
-"""Guess the next tokens from the text itself, and let one pass check the guesses.
+"""Guess the next tokens, from the text itself or with a small model, and let one pass check the guesses.
 
 Prompt lookup (Saxena, 2023): if the last few tokens have occurred before, what followed then is a good guess for what
-follows now. The guesses travel behind the last token in the same step, and every position is sampled as if it had come
-alone, so the text is the one that would have come without guessing - greedy or sampled - only in fewer trips through
-the swarm. A wrong guess is rolled back by the next step's position.
+follows now. A draft model (draft.py) has one where nothing is repeated. The guesses travel behind the last token in the
+same step, and every position is sampled as if it had come alone, so the text is the one that would have come without
+guessing - greedy or sampled - only in fewer trips through the swarm. A wrong guess is rolled back by the next step's
+position.
 
 Whether guessing pays is measured, not assumed: a step with guesses takes longer, and it pays when it brings more tokens
 per second than a plain one. What is not known to pay is tried on an account: a plain step earns `MAX_LOSS` of a step, a
@@ -14,7 +15,7 @@ what came of each step.
 """
 
 from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 if TYPE_CHECKING:
     import torch
@@ -34,6 +35,16 @@ MAX_DEBT = 1.0
 """In plain steps: one step that was late for another reason must not end all tries."""
 MARGIN = 1.02
 """How much faster guessing must be than not guessing."""
+
+
+class Guesser(Protocol):
+    """What knows the text and has an idea of how it goes on."""
+
+    def extend(self, ids: Iterable[int]) -> None:
+        """The text goes on with `ids`."""
+
+    def guess(self, most: int) -> list[int]:
+        """Up to `most` tokens."""
 
 
 class NgramIndex:
@@ -64,9 +75,9 @@ class NgramIndex:
 class Speculator:
     """Decides how much to guess, from what guessing has brought."""
 
-    def __init__(self, prompt_ids: Iterable[int]) -> None:
-        self._index = NgramIndex()
-        self._index.extend(prompt_ids)
+    def __init__(self, prompt_ids: Iterable[int], guesser: Guesser | None = None) -> None:
+        self._guesser = guesser or NgramIndex()
+        self._guesser.extend(prompt_ids)
         self._guesses = FIRST_GUESSES
         self._step_s = 0.0  # the last step, until its guesses are settled
         self._plain_s = 0.0  # a step without guesses
@@ -80,7 +91,7 @@ class Speculator:
             return []  # the first plain step tells what a step takes
         if not self.pays and self._account < 0.0:
             return []
-        return self._index.guess(min(self._guesses, room))
+        return self._guesser.guess(min(self._guesses, room))
 
     @property
     def pays(self) -> bool:
@@ -91,7 +102,7 @@ class Speculator:
 
     def extend(self, ids: Iterable[int]) -> None:
         """The text goes on with `ids`."""
-        self._index.extend(ids)
+        self._guesser.extend(ids)
 
     def time(self, seconds: float) -> None:
         """A decoding step took so long."""

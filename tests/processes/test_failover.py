@@ -9,7 +9,7 @@ import pytest
 import pytest_asyncio
 
 from llmasos.client.async_client import AsyncLLMasOS
-from llmasos.client.generate import Generation, GenerationRequest
+from llmasos.client.generation import Generation, GenerationRequest
 from sim.local import LocalProcess, LocalSwarm
 from tests.processes.conftest import command
 

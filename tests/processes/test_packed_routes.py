@@ -6,7 +6,7 @@ import signal
 import pytest
 
 from llmasos.client.async_client import AsyncLLMasOS
-from llmasos.client.generate import Generation, GenerationRequest
+from llmasos.client.generation import Generation, GenerationRequest
 from llmasos.config import ClientConfig, Codec
 from sim.local import LocalSwarm
 

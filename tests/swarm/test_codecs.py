@@ -14,7 +14,7 @@ import pytest
 from numpy.typing import NDArray
 
 from llmasos.blocks.registry import ModelSpec
-from llmasos.client.generate import Generation, GenerationRequest
+from llmasos.client.generation import Generation, GenerationRequest
 from llmasos.client.router import Router
 from llmasos.client.session import Session
 from llmasos.codec import pack, unpack

@@ -8,7 +8,7 @@ import torch
 
 from llmasos.blocks.registry import ModelSpec
 from llmasos.blocks.sampling import SamplingParams
-from llmasos.client.generate import Generation, GenerationRequest
+from llmasos.client.generation import Generation, GenerationRequest
 from llmasos.config import ClientConfig
 from llmasos.errors import MissingBlocksError, UsageError
 from tests.swarm.conftest import torch_swarm

@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 
 from llmasos.blocks.registry import ModelSpec
-from llmasos.client.generate import GenerationRequest
+from llmasos.client.generation import GenerationRequest
 from llmasos.config import ClientConfig
 from tests.swarm.conftest import torch_swarm
 from tests.swarm.test_generation import TEXT, greedy
