@@ -14,6 +14,7 @@ from llmasos.cli_serve import add_gateway, add_key, add_up, gateway, key, up
 from llmasos.client.chat import add_chat, chat, tell_event
 from llmasos.config import ClientConfig, NetworkConfig
 from llmasos.console import (
+    add_codec,
     add_draft,
     add_numbers,
     parser,
@@ -53,7 +54,7 @@ async def generate(args: Namespace) -> None:
         "stop": args.stop,
         "trace": args.trace is not None,
     }
-    config = ClientConfig(dtype=args.dtype, quantization=args.quantization, draft_model=args.draft)
+    config = ClientConfig(dtype=args.dtype, quantization=args.quantization, codec=args.codec, draft_model=args.draft)
     async with AsyncLLMasOS(args.join, config=config, on_event=tell_event) as client:
         result: Generation | None = None
         async for piece in client.stream(prompt, args.model, **options):
@@ -227,6 +228,7 @@ def _add_generate(command: ArgumentParser) -> None:
         "--trace", type=Path, metavar="FILE", help="write where the time went, for Perfetto or chrome://tracing"
     )
     add_numbers(command)
+    add_codec(command)
     add_draft(command)
     _add_join(command)
     _add_json(command)

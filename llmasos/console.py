@@ -206,6 +206,16 @@ def add_numbers(command: ArgumentParser) -> None:
     )
 
 
+def add_codec(command: ArgumentParser) -> None:
+    """The option of every command that sends rows to peers."""
+    command.add_argument(
+        "--codec",
+        default="exact",
+        choices=["exact", "bfloat16", "int8"],
+        help="pack rows for slow links; less than exact changes the numbers a little (default: %(default)s)",
+    )
+
+
 def add_draft(command: ArgumentParser) -> None:
     """The option of those who write long texts."""
     command.add_argument(

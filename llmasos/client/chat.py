@@ -19,7 +19,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
 
 from llmasos.config import ClientConfig
-from llmasos.console import add_draft, add_numbers, say, talk, whole
+from llmasos.console import add_codec, add_draft, add_numbers, say, talk, whole
 from llmasos.errors import LLMasOSError, UsageError
 
 if TYPE_CHECKING:
@@ -272,6 +272,7 @@ def add_chat(command: ArgumentParser) -> None:
     command.add_argument("--max-new-tokens", type=whole(1), default=defaults.max_tokens, help="(default: %(default)s)")
     command.add_argument("--seed", type=int, help="the same seed gives the same answers")
     add_numbers(command)
+    add_codec(command)
     add_draft(command)
 
 
@@ -290,7 +291,7 @@ async def chat(args: Namespace) -> None:
         max_tokens=args.max_new_tokens,
         seed=args.seed,
     )
-    config = ClientConfig(dtype=args.dtype, quantization=args.quantization, draft_model=args.draft)
+    config = ClientConfig(dtype=args.dtype, quantization=args.quantization, codec=args.codec, draft_model=args.draft)
     async with AsyncLLMasOS(args.join, config=config, on_event=tell_event) as client:
         generator = await client.generator(args.model)
         generator.chat_prompt([{"role": "user", "content": "?"}])  # a model that cannot chat says so now
