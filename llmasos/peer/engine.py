@@ -19,8 +19,8 @@ from llmasos.span import Span
 from llmasos.wire import Spent, Tensor, join_rows
 
 GATHER = 0.35
-"""Of the last pass: so long does a peer that was idle wait for the next of those who shared one. Less keeps sessions
-apart that then read every weight for themselves, more costs each of them that time on every hop (docs/log.md)."""
+"""Of the last pass without a prompt: so long does a peer that was idle wait for the next of those who shared one. Less
+keeps sessions apart that then read every weight for themselves, more costs each of them that time on every hop."""
 WORTH_WAITING = 0.5
 """Of a pass over prompts: who decodes and is due back within that share of it would have to wait for the rest."""
 
@@ -65,7 +65,7 @@ class Engine:
         self.alone_s = 0.0
         """What a pass of one row takes: reading every weight once."""
         self._absences = Absences()
-        self._pass_s = 0.0  # how long the last pass took
+        self._decode_pass_s = 0.0  # how long the last pass without a prompt took
         self._prompt_pass_s = 0.0  # how long the last pass with a prompt took
         self._wake = asyncio.Event()
 
@@ -134,10 +134,12 @@ class Engine:
             self.passes += 1
             tokens = sum(piece.tokens for piece in batch)
             self.rows += tokens
-            self._pass_s = max(end - begin, 0.0)
-            if not all(decoding):
-                self._prompt_pass_s = self._pass_s
-            self._watcher.ran(tokens, self._pass_s)
+            pass_s = max(end - begin, 0.0)
+            if all(decoding):
+                self._decode_pass_s = pass_s
+            else:
+                self._prompt_pass_s = pass_s
+            self._watcher.ran(tokens, pass_s)
             self.scheduler.finish(batch)
             self._running = set()
             for piece, result in zip(batch, results, strict=True):
@@ -152,7 +154,7 @@ class Engine:
         """
         while self.scheduler.missing_mates and not self._worth_waiting_s(decoding=True):
             waiting = self.scheduler.waiting_sessions
-            await asyncio.sleep(GATHER * self._pass_s)
+            await asyncio.sleep(GATHER * self._decode_pass_s)
             if self.scheduler.waiting_sessions == waiting:
                 return
 
