@@ -13,7 +13,7 @@ and the model then runs session by session.
 from collections.abc import Callable
 from contextvars import ContextVar
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar, cast
 
 import torch
 from transformers import AttentionInterface, Cache
@@ -24,6 +24,8 @@ from llmasos.blocks.kv_cache import SessionCache
 NAME = "llmasos"
 """What the attention and the mask function are registered as."""
 
+Given = TypeVar("Given")
+Made = TypeVar("Made")
 MaskFunction = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 Mask = tuple[int, torch.Tensor | None]
 """The first visible key and, from there on, an additive mask of (queries, keys); None when all are visible."""
@@ -94,6 +96,16 @@ class PackedStep:
     """By pattern and slot; the blocks of one step share them."""
     patterns: list[Pattern] = field(default_factory=list)
     """Keeps the patterns of `masks` alive, as their ids are the keys there."""
+
+    notes: dict[int, tuple[Any, Any]] = field(default_factory=dict)
+    """By the id of what is given to all blocks of the step: itself, and what they have made of it."""
+
+    def once(self, given: Given, make: Callable[[Given], Made]) -> Made:
+        """`make(given)`, once for all blocks of this step that are given the same object."""
+        found = self.notes.get(id(given))
+        if found is None:
+            found = self.notes[id(given)] = given, make(given)
+        return cast(Made, found[1])
 
     def split(self, rows: torch.Tensor) -> tuple[torch.Tensor, ...]:
         """(heads, rows, width) cut into one piece a slot, and one of what is left."""

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import nn
 
 from llmasos.blocks import trial
 from llmasos.blocks.anatomy import MISFITS, Anatomy, context_tokens, dissect
@@ -13,8 +14,10 @@ from llmasos.blocks.attention import NAME as PACKED
 from llmasos.blocks.attention import NotPackableError, PackedCache, PackedStep, SessionView, Slot
 from llmasos.blocks.chain import Chain, Finished, mute
 from llmasos.blocks.devices import DTYPES, resolve_device, resolve_dtype
+from llmasos.blocks.fused import FusedBlock
 from llmasos.blocks.kv_cache import SessionCache
 from llmasos.blocks.linear import pack_linears, weight_bytes
+from llmasos.blocks.llama_shape import MisfitError, shape_of
 from llmasos.blocks.loading import Loader, Progress, left_on_meta
 from llmasos.blocks.quiet import quiet
 from llmasos.blocks.registry import ModelSpec
@@ -174,6 +177,7 @@ class DecoderBlocks:
     def run_one_by_one(self) -> None:
         """From now on give each chunk a forward pass of its own, with the family's own attention."""
         self.packed = False
+        self._chain.instead = {}
         self._attend_by(self._body.attention)
 
     def _attend_by(self, implementation: str) -> None:
@@ -184,11 +188,13 @@ class DecoderBlocks:
     def run_as_family(self, rows: torch.Tensor, cache: Any) -> torch.Tensor:
         """A whole sequence (tokens, hidden) through all loaded blocks with the family's own attention, for trials."""
         self._attend_by("eager" if self._body.packed else self._body.attention)
+        instead, self._chain.instead = self._chain.instead, {}
         try:
             positions = torch.arange(rows.shape[0], device=self.device)[None]
             noise = 10 * torch.randn_like(rows)
             return self._run(self.span, rows[None], positions, cache, noise[None])[0]
         finally:
+            self._chain.instead = instead
             self._attend_by(PACKED if self.packed else self._body.attention)
 
 
@@ -218,7 +224,6 @@ def load_blocks(
     device = resolve_device(device)
     dtype = resolve_dtype(dtype, device)
     if engine == "native" or quantize != "none" or (engine == "auto" and torch.device(device).type == "cpu"):
-        from llmasos.blocks.native.facts import MisfitError
         from llmasos.blocks.native.loading import load_natively
 
         try:
@@ -251,8 +256,24 @@ def _load_for_torch(spec: ModelSpec, span: Span, dtype: str, device: str, progre
             progress(done, total)
     loader.settle(body.owner)
     blocks = DecoderBlocks(spec, span, dtype, device, body, chain)
+    if body.packed:
+        chain.instead = _fused(layers, span, spec.family)
+        if not _fits(blocks):
+            chain.instead = {}
     _try_out(blocks, body)
     return blocks
+
+
+@torch.inference_mode()
+def _fused(layers: nn.ModuleList, span: Span, family: str) -> dict[int, FusedBlock]:
+    """Blocks of our own in the place of those that they fit."""
+    fused = {}
+    for index in span.blocks():
+        try:
+            fused[index] = FusedBlock(layers[index], shape_of(layers[index], family), index)
+        except MisfitError as reason:
+            log.debug("block %d runs as transformers has it: %s", index, reason)
+    return fused
 
 
 def _fits(blocks: DecoderBlocks) -> bool:

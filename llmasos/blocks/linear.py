@@ -19,6 +19,11 @@ ROWS_HINT = 16
 """Row count that the weight order is tuned for: batches of decoding sessions."""
 
 
+# By the names of their overloads: to find one by its arguments takes torch as long as a small product.
+_pointwise: Any = torch.ops.mkldnn._linear_pointwise.default if torch._C._has_mkldnn else None
+_pointwise_with: Any = torch.ops.mkldnn._linear_pointwise.binary if torch._C._has_mkldnn else None
+
+
 def can_pack(layer: nn.Module, device: str) -> bool:
     """Whether `layer` is a plain linear layer that oneDNN can take over on this machine."""
     if type(layer) not in (nn.Linear, Conv1D) or torch.device(device).type != "cpu" or not torch._C._has_mkldnn:
@@ -54,9 +59,20 @@ class PackedLinear(nn.Module):
         """(…, in_features) -> (…, out_features)."""
         if rows.numel() == self.in_features:  # one row: see the module's docstring
             pair = rows.reshape(1, -1).expand(2, -1).contiguous()
-            out = torch.ops.mkldnn._linear_pointwise(pair, self.packed, self.bias, "none", [], "")[:1]
-            return cast(torch.Tensor, out.reshape(*rows.shape[:-1], -1))
-        return cast(torch.Tensor, torch.ops.mkldnn._linear_pointwise(rows, self.packed, self.bias, "none", [], ""))
+            return self.activated(pair, "none")[:1].reshape(*rows.shape[:-1], -1)
+        return self.activated(rows, "none")
+
+    def activated(self, rows: torch.Tensor, activation: str, approximation: str = "") -> torch.Tensor:
+        """The same for two rows or more, through an activation by oneDNN's name."""
+        return cast(torch.Tensor, _pointwise(rows, self.packed, self.bias, activation, [], approximation))
+
+    def plus(self, rows: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
+        """The same for two rows or more, `other` (…, out_features) added."""
+        return cast(torch.Tensor, _pointwise_with(rows, other, self.packed, self.bias, "add"))
+
+    def times(self, rows: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
+        """The same for two rows or more, multiplied by `other` (…, out_features)."""
+        return cast(torch.Tensor, _pointwise_with(rows, other, self.packed, self.bias, "mul"))
 
     def extra_repr(self) -> str:
         return f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}"

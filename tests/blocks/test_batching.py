@@ -21,7 +21,7 @@ from llmasos.span import Span
 from tests.blocks.conftest import Split
 from tests.checkpoints import FAMILIES, HIDDEN, make_checkpoint
 
-DENSE = ["llama", "mistral", "gemma2", "gpt2", "gpt_neox", "opt", "phi3", "cohere"]
+DENSE = ["llama", "mistral", "qwen3", "gemma2", "gpt2", "gpt_neox", "opt", "phi3", "cohere"]
 WIDTH = 128
 LENGTHS = [1, 1, 17, 40, 1, 5]
 

@@ -5,7 +5,9 @@ from typing import Any
 import pytest
 import torch
 
-from llmasos.blocks.layers import BlockChunk
+from llmasos.blocks import fused
+from llmasos.blocks.layers import BlockChunk, load_blocks
+from llmasos.blocks.llama_shape import FAMILIES as LLAMA_SHAPED
 from llmasos.span import Span
 from tests.blocks.conftest import Session, Split, steps, tokens
 from tests.checkpoints import BLOCKS, FAMILIES, HIDDEN
@@ -80,6 +82,22 @@ def test_cutting_back_and_going_on_equals_never_having_been_there(split: Split) 
     cut.cut(0)
     assert all(cache.nbytes == 0 for cache in cut.caches)
     close(cut.step(ids)[16:], expected)
+
+
+def test_llama_shaped_families_run_in_blocks_of_our_own(split: Split) -> None:
+    for piece in split.pieces:
+        fused = set(piece.span.blocks()) if split.reference.config.model_type in LLAMA_SHAPED else set()
+        assert set(piece._chain.instead) == fused
+
+
+def test_a_block_of_our_own_that_computes_something_else_is_not_taken(
+    split_model: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    split = split_model("llama")
+    monkeypatch.setattr(fused, "_rotated", lambda heads, cosines, sines: heads)
+    piece = load_blocks(split.spec, Span(1, 4), engine="torch")
+    assert piece.packed
+    assert not piece._chain.instead
 
 
 def test_which_families_share_a_forward_pass(split: Split) -> None:

@@ -27,6 +27,28 @@ def test_rows_have_the_same_bits_whoever_shares_the_call(outputs: int, inputs: i
         assert torch.equal(packed(rows[-count:]), together[-count:]), f"the last {count} rows"
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@torch.inference_mode()
+def test_what_rides_in_a_product_is_what_would_follow_it(dtype: torch.dtype) -> None:
+    linear = nn.Linear(44, 132, dtype=dtype)
+    if not can_pack(linear, "cpu"):
+        pytest.skip(f"oneDNN does not take {dtype} here")
+    packed, rows, other = PackedLinear(linear), torch.randn(129, 44).to(dtype), torch.randn(129, 132).to(dtype)
+    plain = linear(rows)
+    gelu = nn.functional.gelu(plain, approximate="tanh")
+    tolerance = 1e-5 if dtype == torch.float32 else 4e-2
+    for run, expected in [
+        (lambda part: packed.activated(rows[part], "swish"), nn.functional.silu(plain)),
+        (lambda part: packed.activated(rows[part], "gelu", "tanh"), gelu),
+        (lambda part: packed.plus(rows[part], other[part]), plain + other),
+        (lambda part: packed.times(rows[part], other[part]), plain * other),
+    ]:
+        together = run(slice(None))
+        torch.testing.assert_close(together, expected, rtol=tolerance, atol=tolerance)
+        for count in ROWS[1:]:
+            assert torch.equal(run(slice(count)), together[:count]), f"{count} rows"
+
+
 @torch.inference_mode()
 def test_any_leading_shape_is_kept() -> None:
     linear = nn.Linear(13, 9, bias=False)

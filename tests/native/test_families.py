@@ -14,7 +14,7 @@ from llmasos.blocks.ends import load_ends
 from llmasos.blocks.layers import BlockChunk, DecoderBlocks, load_blocks
 from llmasos.blocks.native import loading
 from llmasos.blocks.native.blocks import NativeBlocks
-from llmasos.blocks.native.facts import FAMILIES, MisfitError, shape_of
+from llmasos.blocks.llama_shape import FAMILIES, MisfitError, shape_of
 from llmasos.blocks.native.library import LIBRARY_VARIABLE, VARIANT_VARIABLE
 from llmasos.blocks.native.stack import UNLIMITED
 from llmasos.blocks.registry import resolve
@@ -207,7 +207,7 @@ def test_other_activations_run_on_torch(change: dict[str, Any], reason: str, tmp
 def test_look_alikes_are_found_out_even_if_their_names_were_on_the_list(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("llmasos.blocks.native.facts.FAMILIES", {name})
+    monkeypatch.setattr("llmasos.blocks.llama_shape.FAMILIES", {name})
     spec = resolve(str(make_checkpoint(tmp_path, name)))
     with pytest.raises(UnsupportedModelError):
         load_blocks(spec, Span(1, 4), engine="native")

@@ -15,7 +15,7 @@ from torch import nn
 from llmasos.blocks.anatomy import MISFITS, Anatomy, context_tokens
 from llmasos.blocks.attention import PackedCache, PackedStep, Pattern
 from llmasos.blocks.chain import Chain, Finished
-from llmasos.blocks.native.facts import MisfitError, window_of
+from llmasos.blocks.llama_shape import MisfitError, window_of
 from llmasos.blocks.native.stack import Array, Stack
 from llmasos.span import Span
 

@@ -14,10 +14,10 @@ from transformers import DynamicCache
 from llmasos.blocks.anatomy import MISFITS, Anatomy, dissect
 from llmasos.blocks.chain import Chain, mute
 from llmasos.blocks.layers import DecoderBlocks
+from llmasos.blocks.llama_shape import MisfitError, shape_of
 from llmasos.blocks.loading import Loader, Progress, left_on_meta
 from llmasos.blocks.native.angles import Angles
 from llmasos.blocks.native.blocks import NativeBlocks
-from llmasos.blocks.native.facts import MisfitError, shape_of
 from llmasos.blocks.native.library import available, library, why_not
 from llmasos.blocks.native.packing import packed
 from llmasos.blocks.native.stack import KINDS, PAGE_TOKENS, Stack

@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from llmasos.blocks.native.facts import Shape, norm_of
+from llmasos.blocks.llama_shape import Shape, norm_of
 from llmasos.blocks.native.stack import Array, Layer, Matrix, Norm, interleave, separate
 
 

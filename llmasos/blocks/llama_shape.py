@@ -1,4 +1,4 @@
-"""What a transformers layer computes, as far as the compiled kernels can do the same.
+"""What a transformers layer computes, as far as a Llama-shaped block of our own can do the same.
 
 Three kinds of looking, and each must agree: the family is one whose code was read for this; the modules of the layer
 are those of a Llama-shaped block; and what the modules do is tried out - which activation, which norm, which positions
@@ -7,18 +7,19 @@ Whether all of it together is right is for `loading` to compare.
 """
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
 from torch import nn
 
 from llmasos.blocks.attention import Pattern
+from llmasos.blocks.linear import PackedLinear
 from llmasos.blocks.native.stack import ACTIVATIONS, UNLIMITED, Geometry, Norm
 
 FAMILIES = frozenset({"llama", "mistral", "qwen2", "qwen3", "smollm3", "gemma", "gemma2", "gemma3_text"})
-"""Read against src/stack.cpp. Others may look the same and differ where no short trial gets to, as in clamping large
-values or in scaling attention behind thousands of positions."""
+"""Read against native/src/stack.cpp and fused.py. Others may look the same and differ where no short trial gets to, as
+in clamping large values or in scaling attention behind thousands of positions."""
 
 _ATTENTION = {"q_proj", "k_proj", "v_proj", "o_proj"}
 _HEAD_NORMS = {"q_norm", "k_norm"}
@@ -40,7 +41,7 @@ _FAR = 4096
 
 
 class MisfitError(Exception):
-    """Why these blocks are not for the compiled kernels."""
+    """Why these blocks are none that we have code of our own for."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,11 +103,11 @@ def _expect(module: nn.Module, needed: set[str], optional: set[str], family: str
         raise MisfitError(f"the {type(module).__name__} of {family} blocks differs in {', '.join(odd) or 'its norms'}")
 
 
-def _linear(module: nn.Module, name: str) -> nn.Linear:
+def _linear(module: nn.Module, name: str) -> nn.Linear | PackedLinear:
     found = module.get_submodule(name)
-    if type(found) is not nn.Linear:
+    if type(found) not in (nn.Linear, PackedLinear):
         raise MisfitError(f"{name} is a {type(found).__name__}")
-    return found
+    return cast(nn.Linear | PackedLinear, found)
 
 
 def _activation(mlp: nn.Module, family: str) -> str:
@@ -133,7 +134,8 @@ def norm_of(module: nn.Module, width: int) -> Norm:
     rows = torch.randn(3, width, generator=torch.Generator().manual_seed(0)) * 1e-2  # small, so that eps counts
     given = module(rows)
     normed = rows * torch.rsqrt(rows.pow(2).mean(-1, keepdim=True) + eps)
-    for factor in (weight.detach(), 1.0 + weight.detach()):
+    weight = weight.detach().float()
+    for factor in (weight, 1.0 + weight):
         if torch.allclose(given, normed * factor, rtol=1e-4, atol=1e-6):
             return Norm(np.ascontiguousarray(factor.numpy(), np.float32), float(eps))
     raise MisfitError(f"{type(module).__name__} computes something else than an RMSNorm")

@@ -1,0 +1,134 @@
+"""A Llama-shaped block on torch in a third of the operations that its family's own code takes.
+
+Between two products a small model's block does little, but torch's way to each operation is long, and behind a product
+that has read megabytes it is cold: of a pass of one row, a third went there (docs/log.md). So residuals, activation and
+gate ride in oneDNN's products, heads are rotated without being cut apart, and norms are a few operations on whole rows.
+What is attended to remains with `attention`. Whether a layer is of this shape is for `llama_shape` to say, and whether
+all of it together computes what the family does for `trial`.
+
+Every operation gives a row the same bits whoever shares it, from two rows up.
+"""
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from llmasos.blocks.attention import PackedCache, Pattern, packed_attention
+from llmasos.blocks.linear import PackedLinear
+from llmasos.blocks.llama_shape import MisfitError, Shape, norm_of
+
+_POST_OPS = {"silu": ("swish", ""), "gelu_tanh": ("gelu", "tanh")}
+"""What oneDNN calls the activations: its word for one and for how it is approximated."""
+
+
+class FusedBlock:
+    """Takes the place of a decoder layer in packed passes, with the weights of that layer."""
+
+    def __init__(self, layer: nn.Module, shape: Shape, index: int) -> None:
+        """Raises MisfitError for a layer whose products are not prepacked, or whose norms are something else."""
+        attention, mlp = layer.get_submodule("self_attn"), layer.get_submodule("mlp")
+        g = shape.geometry
+        self._attention: Any = attention
+        self._index = index
+        self._head_dim = g.head_dim
+        self._scale = shape.scale
+        self._softcap = shape.softcap or None
+        self._rotates = shape.rotates
+        self._activation = _POST_OPS[shape.activation]
+        self._queries, self._keys, self._values, self._out = (
+            _packed(attention, name) for name in ("q_proj", "k_proj", "v_proj", "o_proj")
+        )
+        self._gate, self._up, self._down = (_packed(mlp, name) for name in ("gate_proj", "up_proj", "down_proj"))
+        before, behind, between, last = shape.norms
+        self._before_attention = _RMSNorm.of(layer, before, g.hidden)
+        self._behind_attention = _RMSNorm.of(layer, behind, g.hidden)
+        self._before_mlp = _RMSNorm.of(layer, between, g.hidden)
+        self._behind_mlp = _RMSNorm.of(layer, last, g.hidden)
+        self._query_norm = _RMSNorm.of(attention, "q_norm" if shape.head_norms else None, g.head_dim)
+        self._key_norm = _RMSNorm.of(attention, "k_norm" if shape.head_norms else None, g.head_dim)
+
+    def __call__(
+        self,
+        hidden_states: torch.Tensor,  # (1, rows, hidden), two rows or more
+        *,
+        past_key_values: PackedCache,
+        attention_mask: Pattern | None = None,
+        position_embeddings: tuple[torch.Tensor, torch.Tensor] | None = None,  # (1, rows, head_dim) each
+        **unused: Any,
+    ) -> torch.Tensor:
+        """The rows behind this block."""
+        rows = _normed(self._before_attention, hidden_states)
+        queries = self._heads(self._queries, self._query_norm, rows)
+        keys = self._heads(self._keys, self._key_norm, rows)
+        values = self._heads(self._values, None, rows)
+        if self._rotates:
+            assert position_embeddings is not None, "the family gives its layers no angles"
+            cosines, sines = past_key_values.step.once(position_embeddings, _folded)
+            queries = _rotated(queries, cosines, sines)
+            keys = _rotated(keys, cosines, sines)
+        past_key_values.update(keys, values, self._index)
+        attended, _ = packed_attention(
+            self._attention, queries, keys, values, attention_mask, self._scale, softcap=self._softcap
+        )
+        rows = attended.reshape(*hidden_states.shape[:2], -1)
+        hidden_states = _added(self._out, self._behind_attention, rows, hidden_states)
+        rows = _normed(self._before_mlp, hidden_states)
+        rows = self._up.times(rows, self._gate.activated(rows, *self._activation))
+        return _added(self._down, self._behind_mlp, rows, hidden_states)
+
+    def _heads(self, linear: PackedLinear, norm: "_RMSNorm | None", rows: torch.Tensor) -> torch.Tensor:
+        """(1, rows, hidden) -> (1, heads, rows, head_dim)."""
+        heads = linear(rows).view(1, rows.shape[1], -1, self._head_dim)
+        return _normed(norm, heads).transpose(1, 2)
+
+
+class _RMSNorm:
+    """`x / rms(x) * weight`, in float32 throughout; an offset of the weight is in `weight` already."""
+
+    def __init__(self, weight: torch.Tensor, eps: float) -> None:
+        self._weight = weight
+        self._eps = eps
+
+    @staticmethod
+    def of(owner: nn.Module, name: str | None, width: int) -> "_RMSNorm | None":
+        if name is None:
+            return None
+        norm = norm_of(owner.get_submodule(name), width)
+        return _RMSNorm(torch.from_numpy(norm.weight), norm.eps)
+
+    def __call__(self, rows: torch.Tensor) -> torch.Tensor:
+        # The norm of a row is one operation where the mean of its squares is four. What follows on a number a row must
+        # not be fused: torch fuses in whole vectors and not behind them, and bits would depend on the number of rows.
+        numbers = rows.float()
+        scale = torch.linalg.vector_norm(numbers, dim=-1, keepdim=True)
+        scale = scale.square_().mul_(1.0 / rows.shape[-1]).add_(self._eps).rsqrt_()
+        normed: torch.Tensor = (numbers * scale).mul_(self._weight).to(rows.dtype)
+        return normed
+
+
+def _packed(module: nn.Module, name: str) -> PackedLinear:
+    linear = module.get_submodule(name)
+    if not isinstance(linear, PackedLinear):
+        raise MisfitError(f"{name} is not prepacked")
+    return linear
+
+
+def _normed(norm: _RMSNorm | None, rows: torch.Tensor) -> torch.Tensor:
+    return rows if norm is None else norm(rows)
+
+
+def _added(linear: PackedLinear, norm: _RMSNorm | None, rows: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
+    return linear.plus(rows, residual) if norm is None else residual + norm(linear(rows))
+
+
+def _folded(angles: tuple[torch.Tensor, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Cosines, and sines with the sign that the halves of a head take when they change places."""
+    cosines, sines = angles
+    half = sines.shape[-1] // 2
+    return cosines.unsqueeze(1), torch.cat((-sines[..., :half], sines[..., half:]), dim=-1).unsqueeze(1)
+
+
+def _rotated(heads: torch.Tensor, cosines: torch.Tensor, sines: torch.Tensor) -> torch.Tensor:
+    """Rotary embedding of (1, heads, rows, head_dim), each half of a head rotated against the other."""
+    return (heads * cosines).add_(heads.roll(heads.shape[-1] // 2, -1).mul_(sines))
