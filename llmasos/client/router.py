@@ -81,6 +81,8 @@ class Router:
                 if max_age_s > 0:
                     max_age_s = 0.0  # the view may be stale: look again before giving up
                     continue
+                if await self._scout.revive(self.directory.view, request, _spans(error)):
+                    continue
                 avoided_s = self._shortest_avoidance_s(request.model)
                 if loop.time() >= deadline and not 0 < avoided_s <= MAX_SHORT_WAIT_S:
                     raise error.wanting(request.dtype, request.quantization) from None
@@ -144,3 +146,8 @@ class Router:
         if self._policy is None:
             return await self._scout.route(self.directory.view, part)
         return self._policy(self.directory.view, part, self._network.now(), self._rng, self.health)
+
+
+def _spans(error: MissingBlocksError) -> list[Span]:
+    """What is missing; nothing of a model of which nobody says how many blocks it has."""
+    return [Span.parse(gap) for gap in error.missing if gap != "auto"]

@@ -24,6 +24,7 @@ from llmasos.routing.market import SPREAD
 from llmasos.routing.planner import Hop, Route, draw, plan
 from llmasos.routing.request import RouteRequest
 from llmasos.routing.view import SwarmView
+from llmasos.span import Span
 from llmasos.tasks import TaskSet
 from llmasos.wire import PROTOCOL, Contact, FrameError, Ping, Pong, decode, encode
 
@@ -83,6 +84,27 @@ class Scout:
             return self._plan(view, replace(request, exclude=request.exclude | silent))
         except MissingBlocksError:
             return drawn[0]
+
+    async def revive(self, view: SwarmView, request: RouteRequest, missing: Sequence[Span]) -> bool:
+        """Ask those that are left alone for a failure and have some of the blocks `missing`; True when one is back.
+
+        How long a peer is left alone is a guess of how long it is away; where there is no other, that is found out.
+        """
+        now = self._network.now()
+        away = [
+            Hop(record.peer, record.span, record.addresses)
+            for record in view.peers(request.model)
+            if record.peer not in request.exclude
+            and self._health.may_be_back(record.peer, now)
+            and any(record.span.start < span.end and span.start < record.span.end for span in missing)
+        ]
+        waiting = self._ask_all(away)
+        if waiting:
+            await asyncio.wait(waiting.values(), timeout=LOOK_S)
+        back = [hop.peer for hop in away if self._health.heard_of(hop.peer, since=now - FRESH_S)]
+        for peer in back:
+            self._health.returned(peer, self._network.now())
+        return bool(back)
 
     def _draw(self, view: SwarmView, request: RouteRequest, hopeful: Sequence[bool]) -> Iterator[Route]:
         draws = [(hope, SPREAD) for hope in hopeful]

@@ -4,7 +4,9 @@ A peer's record is its word; this is our evidence. Nothing here reads a clock: t
 the network time of the records. Memory is bounded: beyond `MAX_PEERS` the peer that was seen longest ago is forgotten.
 
 A failed peer is left alone for `BACKOFF_S`, twice as long after each further failure. It is then tried again, and only
-sessions that went well make us forget, each of them one failure: who dies more often than not is soon left alone.
+sessions that went well make us forget, each of them one failure: who dies more often than not is soon left alone. What
+fails while it is left alone is the same news: a peer that takes twenty sessions with it has died once. One that alone
+has some blocks may be asked before its time is over, and is tried when it answers (`Scout.revive`).
 """
 
 from collections.abc import Iterator, Sequence
@@ -66,7 +68,9 @@ class _Peer:
     rtt_s: _Ewma = field(default_factory=_Ewma)
     load: Load | None = None
     failures: int = 0
-    avoided_until: float = float("-inf")
+    failed_at: float = float("-inf")
+    failed_until: float = float("-inf")
+    refused_until: float = float("-inf")
     tickets: list[Ticket] = field(default_factory=list)
 
 
@@ -120,14 +124,26 @@ class Health:
     def failed(self, peer: str, now: float) -> None:
         """It broke off, timed out or broke the protocol: leave it alone for a while, longer each time."""
         known = self._touch(peer)
+        if now < known.failed_until:
+            return
         known.failures = min(known.failures + 1, MAX_FAILURES)
-        backoff_s = min(BACKOFF_S * 2 ** (known.failures - 1), MAX_BACKOFF_S)
-        known.avoided_until = max(known.avoided_until, now + backoff_s)
+        known.failed_at = now
+        known.failed_until = now + min(BACKOFF_S * 2 ** (known.failures - 1), MAX_BACKOFF_S)
+
+    def answered(self, peer: str, now: float) -> None:
+        """It failed, and is there again: its next failure counts as before, but it need not be left alone longer."""
+        known = self._touch(peer)
+        known.failed_until = min(known.failed_until, now)
+
+    def returned(self, peer: str, now: float) -> None:
+        """It is there again: no need to leave it alone any longer, though its next failure counts as one more."""
+        known = self._touch(peer)
+        known.failed_until = min(known.failed_until, now)
 
     def refused(self, peer: str, retry_after_s: float, now: float) -> None:
         """It is full or draining and said so: no failure, but no use asking again before `retry_after_s`."""
         known = self._touch(peer)
-        known.avoided_until = max(known.avoided_until, now + min(max(0.0, retry_after_s), MAX_BACKOFF_S))
+        known.refused_until = max(known.refused_until, now + min(max(0.0, retry_after_s), MAX_BACKOFF_S))
 
     def succeeded(self, peer: str) -> None:
         """A session on it ended well."""
@@ -160,7 +176,12 @@ class Health:
     def avoided_for(self, peer: str, now: float) -> float:
         """Seconds that this peer is still to be left alone; zero for one in good standing."""
         known = self._peers.get(peer)
-        return max(0.0, known.avoided_until - now) if known else 0.0
+        return max(0.0, known.failed_until - now, known.refused_until - now) if known else 0.0
+
+    def may_be_back(self, peer: str, now: float) -> bool:
+        """Whether it is left alone for a failure that is older than the shortest backoff."""
+        known = self._peers.get(peer)
+        return known is not None and known.failed_at + BACKOFF_S <= now < known.failed_until
 
     def observed(self, peer: str, now: float, *, since: float = float("inf")) -> Observed:
         """Everything about one peer. `since` is when its record was made: what we opened later is ours to count."""

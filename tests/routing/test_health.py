@@ -29,13 +29,39 @@ def test_each_further_failure_doubles_the_backoff_up_to_its_bound() -> None:
     assert waits[-1] == MAX_BACKOFF_S
 
 
-def test_a_peer_that_dies_more_often_than_not_is_soon_left_alone() -> None:
+def test_a_peer_that_takes_many_sessions_with_it_has_failed_once() -> None:
     health = Health()
+    for session in range(20):
+        health.failed("crowded", NOW + session / 100)
+    assert health.observed("crowded", NOW + 1).failures == 1
+    assert health.avoided_for("crowded", NOW + BACKOFF_S) == 0
+    health.failed("crowded", NOW + BACKOFF_S)
+    assert health.avoided_for("crowded", NOW + BACKOFF_S) == 2 * BACKOFF_S
+
+
+def test_a_peer_that_has_returned_is_left_alone_no_longer() -> None:
+    health = Health()
+    assert not health.may_be_back("alice", NOW)
+    health.failed("alice", NOW)
+    health.failed("alice", NOW + BACKOFF_S)
+    later = NOW + 2 * BACKOFF_S
+    assert not health.may_be_back("alice", later - 0.1)  # it has just failed
+    assert health.may_be_back("alice", later)
+    health.returned("alice", later)
+    assert health.avoided_for("alice", later) == 0
+    assert not health.may_be_back("alice", later)
+    health.failed("alice", later)
+    assert health.avoided_for("alice", later) == 4 * BACKOFF_S  # nothing else is forgiven
+
+
+def test_a_peer_that_dies_more_often_than_not_is_soon_left_alone() -> None:
+    health, now = Health(), NOW
     for _ in range(8):
-        health.failed("flaky", NOW)
-        health.failed("flaky", NOW)
+        for _ in range(2):
+            now += health.avoided_for("flaky", now)
+            health.failed("flaky", now)
         health.succeeded("flaky")
-    assert health.avoided_for("flaky", NOW) > 60
+    assert health.avoided_for("flaky", now) > 60
     for _ in range(8):
         health.succeeded("flaky")
     assert health.observed("flaky", NOW).failures == 0

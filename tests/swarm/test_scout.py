@@ -2,12 +2,14 @@
 
 import asyncio
 from collections import Counter
+from contextlib import AsyncExitStack
 from dataclasses import replace
 from random import Random
 
 import pytest
 
 from llmasos.client.session import Session
+from llmasos.errors import MissingBlocksError
 from llmasos.network import PeerId
 from sim.loop import run
 from sim.network import SimSwarm, peer_of
@@ -105,5 +107,45 @@ def test_a_peer_that_is_fuller_than_its_record_says_is_passed_by() -> None:
                         ):
                             assert session.route.peers == (free,)
                             assert session.failovers == 0
+
+    run(main())
+
+
+def test_the_only_peer_with_some_blocks_is_taken_as_soon_as_it_is_back() -> None:
+    """For two minutes it cannot be reached, and is announced; it was left alone for as long once more."""
+
+    async def main() -> None:
+        async with SimCluster(SimSwarm(seed=5), MODEL) as cluster:
+            await cluster.start("first", "0:4")
+            alone = await cluster.start("alone", "4:6")
+            async with cluster.client("client") as client:
+                cluster.world.partition(peer_of("client"), alone)
+                for _ in range(24):
+                    with pytest.raises(MissingBlocksError):
+                        async with client.session(64):
+                            pass
+                    await asyncio.sleep(4.0)
+                cluster.world.heal()
+                async with client.session(64) as session:
+                    assert session.route.peers[-1] == alone
+
+    run(main())
+
+
+def test_a_crowd_on_a_peer_that_starts_again_finds_it_at_once() -> None:
+    """Each of its sessions counted as a failure of the peer: it was left alone for two minutes."""
+
+    async def main() -> None:
+        async with SimCluster(SimSwarm(seed=5), MODEL) as cluster:
+            await cluster.start("first", "0:4")
+            alone = await cluster.start("alone", "4:6")
+            async with cluster.client("client") as client, AsyncExitStack() as sessions:
+                for _ in range(8):
+                    await sessions.enter_async_context(client.session(64))
+                cluster.kill("alone")
+                await asyncio.sleep(3.0)
+                await cluster.start("alone", "4:6")
+                async with client.session(64) as session:
+                    assert session.route.peers[-1] == alone
 
     run(main())
