@@ -130,11 +130,6 @@ class Health:
         known.failed_at = now
         known.failed_until = now + min(BACKOFF_S * 2 ** (known.failures - 1), MAX_BACKOFF_S)
 
-    def answered(self, peer: str, now: float) -> None:
-        """It failed, and is there again: its next failure counts as before, but it need not be left alone longer."""
-        known = self._touch(peer)
-        known.failed_until = min(known.failed_until, now)
-
     def returned(self, peer: str, now: float) -> None:
         """It is there again: no need to leave it alone any longer, though its next failure counts as one more."""
         known = self._touch(peer)
