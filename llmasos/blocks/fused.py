@@ -9,37 +9,52 @@ all of it together computes what the family does for `trial`.
 Every operation gives a row the same bits whoever shares it, from two rows up.
 """
 
-from typing import Any
+import logging
+from typing import Any, cast
 
 import torch
 from torch import nn
 
 from llmasos.blocks.attention import PackedCache, Pattern, packed_attention
-from llmasos.blocks.linear import PackedLinear
-from llmasos.blocks.llama_shape import MisfitError, Shape, norm_of
+from llmasos.blocks.linear import PackedLinear, can_pack, join_linears, pack_linears, separate_linears
+from llmasos.blocks.llama_shape import MisfitError, Shape, norm_of, shape_of
+
+log = logging.getLogger(__name__)
 
 _POST_OPS = {"silu": ("swish", ""), "gelu_tanh": ("gelu", "tanh")}
 """What oneDNN calls the activations: its word for one and for how it is approximated."""
 
 
+_JOINED = ("q_proj", "k_proj", "v_proj")
+
+
+@torch.no_grad()
+def fuse(layer: nn.Module, family: str, index: int, device: str) -> "FusedBlock | None":
+    """A block of our own over the weights of a layer that was just loaded, which are prepacked; None if it is of
+    another shape or its weights cannot be, and nothing has changed then.
+    """
+    try:
+        return FusedBlock(layer, shape_of(layer, family), index, device)
+    except MisfitError as reason:
+        log.debug("block %d runs as transformers has it: %s", index, reason)
+        return None
+
+
 class FusedBlock:
     """Takes the place of a decoder layer in packed passes, with the weights of that layer."""
 
-    def __init__(self, layer: nn.Module, shape: Shape, index: int) -> None:
-        """Raises MisfitError for a layer whose products are not prepacked, or whose norms are something else."""
+    def __init__(self, layer: nn.Module, shape: Shape, index: int, device: str) -> None:
+        """Raises MisfitError for a layer whose products cannot be prepacked, or whose norms are something else."""
         attention, mlp = layer.get_submodule("self_attn"), layer.get_submodule("mlp")
         g = shape.geometry
         self._attention: Any = attention
         self._index = index
         self._head_dim = g.head_dim
+        self._heads = [g.heads, g.kv_heads, g.kv_heads]
         self._scale = shape.scale
         self._softcap = shape.softcap or None
         self._rotates = shape.rotates
         self._activation = _POST_OPS[shape.activation]
-        self._queries, self._keys, self._values, self._out = (
-            _packed(attention, name) for name in ("q_proj", "k_proj", "v_proj", "o_proj")
-        )
-        self._gate, self._up, self._down = (_packed(mlp, name) for name in ("gate_proj", "up_proj", "down_proj"))
         before, behind, between, last = shape.norms
         self._before_attention = _RMSNorm.of(layer, before, g.hidden)
         self._behind_attention = _RMSNorm.of(layer, behind, g.hidden)
@@ -47,6 +62,18 @@ class FusedBlock:
         self._behind_mlp = _RMSNorm.of(layer, last, g.hidden)
         self._query_norm = _RMSNorm.of(attention, "q_norm" if shape.head_norms else None, g.head_dim)
         self._key_norm = _RMSNorm.of(attention, "k_norm" if shape.head_norms else None, g.head_dim)
+        if not can_pack(attention.get_submodule("q_proj"), device):
+            raise MisfitError(f"its weights cannot be prepacked on {device}")
+        self._projection = join_linears(attention, _JOINED)
+        pack_linears(layer, device)
+        self._out = cast(PackedLinear, attention.get_submodule("o_proj"))
+        self._gate, self._up, self._down = (
+            cast(PackedLinear, mlp.get_submodule(name)) for name in ("gate_proj", "up_proj", "down_proj")
+        )
+
+    def dissolve(self) -> None:
+        """Leave the weights to the layer that they came from, in the form that is fastest there."""
+        separate_linears(self._attention, _JOINED)
 
     def __call__(
         self,
@@ -59,14 +86,14 @@ class FusedBlock:
     ) -> torch.Tensor:
         """The rows behind this block."""
         rows = _normed(self._before_attention, hidden_states)
-        queries = self._heads(self._queries, self._query_norm, rows)
-        keys = self._heads(self._keys, self._key_norm, rows)
-        values = self._heads(self._values, None, rows)
+        heads = self._projection(rows).view(1, rows.shape[1], -1, self._head_dim)
+        queries, keys, values = heads.split(self._heads, dim=2)  # (1, rows, heads, head_dim) each
+        queries, keys = _normed(self._query_norm, queries), _normed(self._key_norm, keys)
         if self._rotates:
             assert position_embeddings is not None, "the family gives its layers no angles"
             cosines, sines = past_key_values.step.once(position_embeddings, _folded)
-            queries = _rotated(queries, cosines, sines)
-            keys = _rotated(keys, cosines, sines)
+            queries, keys = _rotated(queries, cosines, sines), _rotated(keys, cosines, sines)
+        queries, keys, values = queries.transpose(1, 2), keys.transpose(1, 2), values.transpose(1, 2)
         past_key_values.update(keys, values, self._index)
         attended, _ = packed_attention(
             self._attention, queries, keys, values, attention_mask, self._scale, softcap=self._softcap
@@ -76,11 +103,6 @@ class FusedBlock:
         rows = _normed(self._before_mlp, hidden_states)
         rows = self._up.times(rows, self._gate.activated(rows, *self._activation))
         return _added(self._down, self._behind_mlp, rows, hidden_states)
-
-    def _heads(self, linear: PackedLinear, norm: "_RMSNorm | None", rows: torch.Tensor) -> torch.Tensor:
-        """(1, rows, hidden) -> (1, heads, rows, head_dim)."""
-        heads = linear(rows).view(1, rows.shape[1], -1, self._head_dim)
-        return _normed(norm, heads).transpose(1, 2)
 
 
 class _RMSNorm:
@@ -107,13 +129,6 @@ class _RMSNorm:
         return normed
 
 
-def _packed(module: nn.Module, name: str) -> PackedLinear:
-    linear = module.get_submodule(name)
-    if not isinstance(linear, PackedLinear):
-        raise MisfitError(f"{name} is not prepacked")
-    return linear
-
-
 def _normed(norm: _RMSNorm | None, rows: torch.Tensor) -> torch.Tensor:
     return rows if norm is None else norm(rows)
 
@@ -126,9 +141,9 @@ def _folded(angles: tuple[torch.Tensor, torch.Tensor]) -> tuple[torch.Tensor, to
     """Cosines, and sines with the sign that the halves of a head take when they change places."""
     cosines, sines = angles
     half = sines.shape[-1] // 2
-    return cosines.unsqueeze(1), torch.cat((-sines[..., :half], sines[..., half:]), dim=-1).unsqueeze(1)
+    return cosines.unsqueeze(2), torch.cat((-sines[..., :half], sines[..., half:]), dim=-1).unsqueeze(2)
 
 
 def _rotated(heads: torch.Tensor, cosines: torch.Tensor, sines: torch.Tensor) -> torch.Tensor:
-    """Rotary embedding of (1, heads, rows, head_dim), each half of a head rotated against the other."""
+    """Rotary embedding of (1, rows, heads, head_dim), each half of a head rotated against the other."""
     return (heads * cosines).add_(heads.roll(heads.shape[-1] // 2, -1).mul_(sines))

@@ -6,7 +6,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import nn
 
 from llmasos.blocks import trial
 from llmasos.blocks.anatomy import MISFITS, Anatomy, context_tokens, dissect
@@ -14,10 +13,10 @@ from llmasos.blocks.attention import NAME as PACKED
 from llmasos.blocks.attention import NotPackableError, PackedCache, PackedStep, SessionView, Slot
 from llmasos.blocks.chain import Chain, Finished, mute
 from llmasos.blocks.devices import DTYPES, resolve_device, resolve_dtype
-from llmasos.blocks.fused import FusedBlock
+from llmasos.blocks.fused import FusedBlock, fuse
 from llmasos.blocks.kv_cache import SessionCache
 from llmasos.blocks.linear import pack_linears, weight_bytes
-from llmasos.blocks.llama_shape import MisfitError, shape_of
+from llmasos.blocks.llama_shape import MisfitError
 from llmasos.blocks.loading import Loader, Progress, left_on_meta
 from llmasos.blocks.quiet import quiet
 from llmasos.blocks.registry import ModelSpec
@@ -247,33 +246,28 @@ def _load_for_torch(spec: ModelSpec, span: Span, dtype: str, device: str, progre
     setattr(body.owner, body.list_name, chain)
     mute(body.owner, chain)
     total, done = loader.nbytes(name for names in plan.values() for name in names), 0
+    fused: dict[int, FusedBlock] = {}
     for index, names in plan.items():
         missing = loader.load(names, f"block {index}")
         loader.refuse_missing(name for name in missing if name.startswith(f"{prefix}{index}."))
-        pack_linears(layers[index], device)
+        own = fuse(layers[index], spec.family, index, device) if body.packed else None
+        if own is not None:
+            fused[index] = own
+        else:
+            pack_linears(layers[index], device)
         done += loader.nbytes(names)
         if progress is not None:
             progress(done, total)
     loader.settle(body.owner)
     blocks = DecoderBlocks(spec, span, dtype, device, body, chain)
-    if body.packed:
-        chain.instead = _fused(layers, span, spec.family)
-        if not _fits(blocks):
-            chain.instead = {}
+    chain.instead = fused
+    if fused and not _fits(blocks):
+        log.info("%s blocks run as transformers has them: those of our own give other results", spec.name)
+        chain.instead = {}
+        for own in fused.values():
+            own.dissolve()
     _try_out(blocks, body)
     return blocks
-
-
-@torch.inference_mode()
-def _fused(layers: nn.ModuleList, span: Span, family: str) -> dict[int, FusedBlock]:
-    """Blocks of our own in the place of those that they fit."""
-    fused = {}
-    for index in span.blocks():
-        try:
-            fused[index] = FusedBlock(layers[index], shape_of(layers[index], family), index)
-        except MisfitError as reason:
-            log.debug("block %d runs as transformers has it: %s", index, reason)
-    return fused
 
 
 def _fits(blocks: DecoderBlocks) -> bool:

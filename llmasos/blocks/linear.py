@@ -5,6 +5,8 @@ same (docs/log.md). It also makes the result of a row independent of how many ro
 one row alone is therefore computed as two.
 """
 
+from collections.abc import Sequence
+from itertools import accumulate, pairwise
 from typing import Any, cast
 
 import torch
@@ -78,9 +80,66 @@ class PackedLinear(nn.Module):
         return f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}"
 
 
+class PackedPart(nn.Module):
+    """In the place of a linear layer that was joined with others: some outputs of the whole, which computes all."""
+
+    def __init__(self, whole: PackedLinear, first: int, last: int) -> None:
+        super().__init__()
+        self.whole = whole
+        self.in_features, self.out_features = whole.in_features, last - first
+        self._outputs = slice(first, last)
+
+    @property
+    def weight(self) -> torch.Tensor:
+        """As that of a `PackedLinear`."""
+        return self.whole.weight[self._outputs]
+
+    @property
+    def bias(self) -> torch.Tensor | None:
+        return None if self.whole.bias is None else self.whole.bias[self._outputs]
+
+    def forward(self, rows: torch.Tensor) -> torch.Tensor:
+        """(…, in_features) -> (…, out_features)."""
+        return cast(torch.Tensor, self.whole(rows)[..., self._outputs])
+
+
+def join_linears(module: nn.Module, names: Sequence[str]) -> PackedLinear:
+    """Make one of the linear layers `names` of `module`, which read the same rows and can be packed."""
+    linears = [cast(nn.Linear, module.get_submodule(name)) for name in names]
+    biases = [_zeros_or(linear.bias, linear) for linear in linears]
+    some = any(linear.bias is not None for linear in linears)
+    weight = torch.cat([linear.weight.detach() for linear in linears])
+    whole = PackedLinear(_linear(weight, torch.cat(biases) if some else None))
+    ends = accumulate((linear.out_features for linear in linears), initial=0)
+    for name, (first, last) in zip(names, pairwise(ends), strict=True):
+        setattr(module, name, PackedPart(whole, first, last))
+    return whole
+
+
+def separate_linears(module: nn.Module, names: Sequence[str]) -> None:
+    """Undo `join_linears`: each is packed for itself then."""
+    for name in names:
+        part = cast(PackedPart, module.get_submodule(name))
+        setattr(module, name, PackedLinear(_linear(part.weight, part.bias)))
+
+
+def _zeros_or(bias: torch.Tensor | None, linear: nn.Linear) -> torch.Tensor:
+    return linear.weight.new_zeros(linear.out_features) if bias is None else bias.detach()
+
+
+def _linear(weight: torch.Tensor, bias: torch.Tensor | None) -> nn.Linear:
+    linear = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
+    linear.weight = nn.Parameter(weight, requires_grad=False)
+    if bias is not None:
+        linear.bias = nn.Parameter(bias, requires_grad=False)
+    return linear
+
+
 def pack_linears(module: nn.Module, device: str) -> None:
     """Replace every plain linear layer inside `module`, one at a time, so that no two copies of all exist at once."""
     for name, child in list(module.named_children()):
+        if isinstance(child, PackedPart):
+            continue
         if can_pack(child, device):
             setattr(module, name, PackedLinear(cast(nn.Linear, child)))
         else:

@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from llmasos.blocks.attention import Pattern
-from llmasos.blocks.linear import PackedLinear
+from llmasos.blocks.linear import PackedLinear, PackedPart
 from llmasos.blocks.native.stack import ACTIVATIONS, UNLIMITED, Geometry, Norm
 
 FAMILIES = frozenset({"llama", "mistral", "qwen2", "qwen3", "smollm3", "gemma", "gemma2", "gemma3_text"})
@@ -103,11 +103,11 @@ def _expect(module: nn.Module, needed: set[str], optional: set[str], family: str
         raise MisfitError(f"the {type(module).__name__} of {family} blocks differs in {', '.join(odd) or 'its norms'}")
 
 
-def _linear(module: nn.Module, name: str) -> nn.Linear | PackedLinear:
+def _linear(module: nn.Module, name: str) -> nn.Linear | PackedPart | PackedLinear:
     found = module.get_submodule(name)
-    if type(found) not in (nn.Linear, PackedLinear):
+    if type(found) not in (nn.Linear, PackedLinear, PackedPart):
         raise MisfitError(f"{name} is a {type(found).__name__}")
-    return cast(nn.Linear | PackedLinear, found)
+    return cast(nn.Linear | PackedPart | PackedLinear, found)
 
 
 def _activation(mlp: nn.Module, family: str) -> str:

@@ -4,9 +4,11 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import DynamicCache
 
 from llmasos.blocks import fused
 from llmasos.blocks.layers import BlockChunk, load_blocks
+from llmasos.blocks.linear import PackedPart
 from llmasos.blocks.llama_shape import FAMILIES as LLAMA_SHAPED
 from llmasos.span import Span
 from tests.blocks.conftest import Session, Split, steps, tokens
@@ -98,6 +100,10 @@ def test_a_block_of_our_own_that_computes_something_else_is_not_taken(
     piece = load_blocks(split.spec, Span(1, 4), engine="torch")
     assert piece.packed
     assert not piece._chain.instead
+    rows = torch.randn(9, HIDDEN)
+    (given,) = piece.forward([BlockChunk(piece.new_cache(), piece.span, 0, rows)])
+    close(given, piece.run_as_family(rows, DynamicCache()))
+    assert not any(isinstance(module, PackedPart) for module in piece._chain.modules())
 
 
 def test_which_families_share_a_forward_pass(split: Split) -> None:

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from llmasos.blocks.linear import PackedLinear, can_pack, pack_linears, weight_bytes
+from llmasos.blocks.linear import PackedLinear, can_pack, join_linears, pack_linears, separate_linears, weight_bytes
 
 SHAPES = [(96, 40), (44, 132), (7, 5), (576, 1536)]
 ROWS = [1, 2, 3, 5, 16, 17, 64, 129, 512]
@@ -72,6 +72,30 @@ def test_the_transposed_layers_of_gpt2_are_taken_over_too() -> None:
 def test_code_that_reads_the_weight_gets_it() -> None:
     linear = nn.Linear(13, 9)
     assert torch.equal(PackedLinear(linear).weight, linear.weight)
+
+
+@pytest.mark.parametrize("biases", [(False, False, False), (True, False, True)])
+@torch.inference_mode()
+def test_layers_that_are_joined_compute_what_each_did(biases: tuple[bool, bool, bool]) -> None:
+    sizes = {"q": 12, "k": 6, "v": 7}
+    named = {name: nn.Linear(13, size, bias=bias) for (name, size), bias in zip(sizes.items(), biases, strict=True)}
+    module, rows = nn.ModuleDict(named), torch.randn(5, 13)
+    before, expected = weight_bytes(module), {name: linear(rows) for name, linear in named.items()}
+    weights = {name: linear.weight.clone() for name, linear in named.items()}
+
+    def check() -> None:
+        for name, part in module.items():
+            torch.testing.assert_close(part(rows), expected[name])
+            assert torch.equal(part.weight, weights[name])
+
+    whole = join_linears(module, list(sizes))
+    torch.testing.assert_close(whole(rows), torch.cat(list(expected.values()), dim=1))
+    check()
+    zeros = sum(4 * size for size, bias in zip(sizes.values(), biases, strict=True) if any(biases) and not bias)
+    assert weight_bytes(module) == before + zeros
+    separate_linears(module, list(sizes))
+    check()
+    assert all(type(part) is PackedLinear for part in module.children())
 
 
 @torch.inference_mode()
