@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from llmasos.blocks.ends import ModelEnds
+from llmasos.blocks.tensors import from_torch
 from llmasos.client.head import MAX_ROWS, SharedHead
 
 HIDDEN = 3
@@ -33,7 +34,7 @@ async def step(head: SharedHead, number: float, arrives_after_s: float = 0.0, ro
     """A generation's step: its rows arrive later, and are scored."""
     with head.expecting():
         await asyncio.sleep(arrives_after_s)
-        return await head.logits(torch.full((rows, HIDDEN), number))
+        return await head.score(from_torch(torch.full((rows, HIDDEN), float(number))), lambda scores: scores)
 
 
 async def test_rows_that_come_one_after_the_other_are_scored_together(head: SharedHead) -> None:
@@ -61,6 +62,19 @@ async def test_a_failure_is_told_and_the_head_goes_on(head: SharedHead) -> None:
     with pytest.raises(RuntimeError, match="negative"):
         await step(head, -1)
     assert torch.equal(await step(head, 3), torch.full((1, HIDDEN), 6.0))
+
+
+async def test_what_one_makes_of_its_scores_concerns_nobody_else(head: SharedHead) -> None:
+    def fail(scores: torch.Tensor) -> torch.Tensor:
+        raise ValueError("cannot choose")
+
+    rows = from_torch(torch.ones(1, HIDDEN))
+    failed, total = await asyncio.gather(
+        head.score(rows, fail), head.score(rows, lambda scores: float(scores.sum())), return_exceptions=True
+    )
+    assert isinstance(failed, ValueError)
+    assert total == 2.0 * HIDDEN
+    assert head.calls == 1
 
 
 async def test_a_generation_that_was_given_up_is_passed_over(head: SharedHead) -> None:

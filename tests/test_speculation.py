@@ -31,15 +31,10 @@ def test_nothing_is_guessed_of_what_never_occurred() -> None:
     assert index.guess(3) == []
 
 
-def step(speculator: Speculator, guessed: int, accepted: int, seconds: float) -> None:
-    speculator.time(seconds)
-    speculator.settle(guessed, accepted)
-
-
 def repeating() -> Speculator:
     speculator = Speculator([1, 2, 3, 4, 5, 6, 7] * 6)
     assert speculator.propose(10) == []  # nothing is known of what a step takes
-    step(speculator, 0, 0, 0.10)
+    speculator.took(0.10, 0, 0)
     return speculator
 
 
@@ -48,10 +43,10 @@ def test_right_guesses_make_it_bolder_and_wrong_ones_shyer() -> None:
     assert len(speculator.propose(30)) == FIRST_GUESSES
     for _ in range(4):
         guesses = len(speculator.propose(30))
-        step(speculator, guesses, guesses, 0.11)
+        speculator.took(0.11, guesses, guesses)
     assert len(speculator.propose(30)) == MAX_GUESSES
     assert len(speculator.propose(3)) == 3
-    step(speculator, MAX_GUESSES, 1, 0.11)
+    speculator.took(0.11, MAX_GUESSES, 1)
     assert len(speculator.propose(30)) == 2
 
 
@@ -62,7 +57,7 @@ def test_guesses_that_never_come_true_cost_a_fiftieth_and_one_try(price: float) 
     steps, tries, last = 600, 0, 0
     for number in range(steps):
         guessed = len(speculator.propose(8))
-        step(speculator, guessed, 0, 0.10 * (1 + price * (guessed > 0)))
+        speculator.took(0.10 * (1 + price * (guessed > 0)), guessed, 0)
         if guessed:
             tries, last = tries + 1, number
     assert tries * price <= MAX_LOSS * steps + price
@@ -73,24 +68,24 @@ def test_guesses_that_never_come_true_cost_a_fiftieth_and_one_try(price: float) 
 def test_guesses_that_come_true_again_are_made_again() -> None:
     speculator = repeating()
     for _ in range(5):
-        step(speculator, FIRST_GUESSES, 0, 0.15)
+        speculator.took(0.15, FIRST_GUESSES, 0)
     assert not speculator.pays
     assert not speculator.propose(8)
     for _ in range(60):
-        step(speculator, 0, 0, 0.10)
+        speculator.took(0.10, 0, 0)
     assert speculator.propose(8)
     for _ in range(3):
-        step(speculator, FIRST_GUESSES, FIRST_GUESSES, 0.15)
+        speculator.took(0.15, FIRST_GUESSES, FIRST_GUESSES)
     assert speculator.pays
     assert speculator.propose(8)
 
 
 def test_a_step_that_was_late_for_another_reason_does_not_end_the_tries() -> None:
     speculator = repeating()
-    step(speculator, FIRST_GUESSES, 0, 30.0)
+    speculator.took(30.0, FIRST_GUESSES, 0)
     waited = 0
     while not speculator.propose(8):
-        step(speculator, 0, 0, 0.10)
+        speculator.took(0.10, 0, 0)
         waited += 1
         assert waited <= 1 / MAX_LOSS + 1
 
@@ -98,5 +93,5 @@ def test_a_step_that_was_late_for_another_reason_does_not_end_the_tries() -> Non
 def test_a_step_that_costs_nothing_more_pays_with_any_right_guess() -> None:
     speculator = repeating()
     for _ in range(40):
-        step(speculator, 2, 1, 0.10)
+        speculator.took(0.10, 2, 1)
     assert speculator.pays

@@ -6,9 +6,11 @@ The embedding, the final norm and the head stay with the client: token ids and t
 import asyncio
 import secrets
 from array import array
+from collections import deque
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import partial
 from hashlib import blake2b
 from typing import Any, TypeVar
 
@@ -16,18 +18,20 @@ import torch
 from jinja2 import TemplateError
 
 from llmasos.blocks.ends import ModelEnds
-from llmasos.blocks.grammar import Grammar, Grammars
+from llmasos.blocks.grammar import Grammars
 from llmasos.blocks.registry import ModelSpec
 from llmasos.blocks.sampling import Sampler, Scored, score
-from llmasos.blocks.tensors import from_torch, to_torch
+from llmasos.blocks.tensors import from_torch
+from llmasos.client.choice import Chooser
 from llmasos.client.draft import DraftModel, DraftText
 from llmasos.client.generation import FinishReason, Generation, GenerationRequest, Piece, PromptScores, RoutedHop
 from llmasos.client.head import MAX_ROWS, SharedHead
 from llmasos.client.session import Session
-from llmasos.client.speculation import Ahead, Speculator
+from llmasos.client.speculation import Speculator
 from llmasos.client.text import Detokenizer, StopText
 from llmasos.config import MAX_PREFIX_PAGES, PREFIX_PAGE_TOKENS
 from llmasos.errors import MissingBlocksError, UsageError
+from llmasos.wire import Tensor
 
 T = TypeVar("T")
 
@@ -123,7 +127,7 @@ class Generator:
         """A dialogue on a session that was opened with the `prefix_keys` of `ids`: what all hops hold is not sent."""
         held = list(ids[: session.prefix_tokens])
         if held:
-            session.begin_with(await self._on_thread(lambda: from_torch(self._ends.embed(held, 0))))
+            session.begin_with(await self._embed(held, 0))
         return Dialogue(session, held)
 
     def close(self) -> None:
@@ -160,38 +164,39 @@ class Generator:
         if tracer is not None:
             tracer.begin()
         sampler = Sampler(request.sampling, len(prompt_ids))
+        chooser = Chooser(self._ends, self.spec.eos_token_ids, sampler, grammar, request.logprobs)
         text = StopText(Detokenizer(self.tokenizer, prompt_ids), request.stop)
         ids = list(prompt_ids)
         first_token_at = begin
         reason: FinishReason = "length"
         waiting: list[tuple[Scored, int]] = []  # scored tokens whose text is held back, and where it begins
         # 2. The prompt.
-        ahead, speculator = Ahead(), self._speculator(ids)
+        chosen: deque[Scored] = deque()  # by the last step: it brings several tokens where guesses come true
+        speculator = self._speculator(ids)
         if request.score_prompt:
             dialogue.held.clear()
             row, scores = await self._score_prompt(dialogue, ids, request.logprobs or 0)
-            ahead.put([], await self._head.logits(row))
+            chosen.extend(await self._head.score(row, lambda logits: chooser.choose(ids, (), logits)))
             yield PromptScores(tuple(scores))
         else:
             dialogue.keep_common(ids)
         # 3. Token by token.
         try:
-            while len(ids) - len(prompt_ids) < new_tokens:
-                room = len(prompt_ids) + new_tokens - len(ids) - 1
-                logits = await self._next_logits(dialogue, ids, ahead, speculator, room)
-                chosen = await self._choose(logits, ids, sampler, grammar, request.logprobs)
+            while (room := len(prompt_ids) + new_tokens - len(ids)) > 0:
+                if not chosen:
+                    chosen.extend(await self._step(dialogue, ids, chooser, speculator, room - 1))
                 if len(ids) == len(prompt_ids):
                     first_token_at = loop.time()
-                ids.append(chosen.token)
-                speculator.extend([chosen.token])
-                if chosen.token in self.spec.eos_token_ids:
+                scored = chosen.popleft()
+                ids.append(scored.token)
+                if scored.token in self.spec.eos_token_ids:
                     reason = "stop"
                     break
                 if request.logprobs is not None:
-                    waiting.append((chosen, text.decoded))
-                if piece := text.add(chosen.token):
+                    waiting.append((scored, text.decoded))
+                if piece := text.add(scored.token):
                     yield _piece(piece, waiting, len(text.text))
-                if text.stopped or (grammar is not None and grammar.take(chosen.token)):
+                if text.stopped or (chooser.complete and not chosen):
                     reason = "stop"
                     break
         except MissingBlocksError as error:
@@ -219,8 +224,10 @@ class Generator:
     async def logits(self, dialogue: Dialogue, ids: Sequence[int], keep: int) -> torch.Tensor:
         """Scores behind each of the last `keep` tokens of `ids`, (keep, vocab). Only what is not held is computed."""
         dialogue.keep_common(ids)
-        rows = await self._forward(dialogue, ids, keep)
-        return torch.cat([await self._head.logits(part) for part in torch.split(rows, MAX_ROWS)])
+        held = min(len(dialogue.held), len(ids) - keep)
+        rows = await self._forward(dialogue, held, ids[held:], keep)
+        parts = [rows.rows(first, min(first + MAX_ROWS, keep)) for first in range(0, keep, MAX_ROWS)]
+        return torch.cat([await self._head.score(part, lambda logits: logits) for part in parts])
 
     def _check_tokens(self, request: GenerationRequest, prompt_ids: Sequence[int]) -> None:
         size = self._ends.vocab_size
@@ -231,31 +238,28 @@ class Generator:
             if token >= size:
                 raise UsageError(f"logit_bias names token {token}, which is not in the vocabulary of {size}")
 
-    async def _next_logits(
-        self, dialogue: Dialogue, ids: Sequence[int], ahead: Ahead, speculator: Speculator, room: int
-    ) -> torch.Tensor:
-        """Scores of the token behind `ids`, (1, vocab): there already if the last token was guessed, else computed.
+    async def _step(
+        self, dialogue: Dialogue, ids: Sequence[int], chooser: Chooser, speculator: Speculator, room: int
+    ) -> list[Scored]:
+        """The next tokens: one, and one more for each guess that came true.
 
         A step carries what the session does not hold yet, and up to `room` guesses behind it.
         """
-        if (found := ahead.take(ids[-1])) is not None:
-            return found
-        speculator.settle(ahead.guessed, ahead.right)
-        del dialogue.held[len(ids) - 1 :]  # a wrong guess is rolled back
-        decoding = len(dialogue.held) == len(ids) - 1
+        held = dialogue.held
+        del held[len(ids) - 1 :]  # a wrong guess is rolled back
+        decoding = len(held) == len(ids) - 1
         begin = asyncio.get_running_loop().time()
         guesses: list[int] = []
         if decoding and self._speculate:
             guesses = await self._guess(lambda: speculator.propose(room))
         with self._head.expecting():
-            rows = await self._forward(dialogue, [*ids, *guesses], keep=1 + len(guesses))
-            logits = await self._head.logits(rows)
+            embedded = chooser.last if decoding and not guesses else None
+            rows = await self._forward(dialogue, len(held), [*ids[len(held) :], *guesses], 1 + len(guesses), embedded)
+            chosen = await self._head.score(rows, lambda logits: chooser.choose(ids, guesses, logits))
         if decoding:
-            speculator.time(asyncio.get_running_loop().time() - begin)
-        ahead.put(guesses, logits)
-        first = ahead.take(ids[-1])
-        assert first is not None, "a step brings the scores it was sent for"
-        return first
+            speculator.took(asyncio.get_running_loop().time() - begin, len(guesses), len(chosen) - 1)
+        speculator.extend(scored.token for scored in chosen)
+        return chosen
 
     def _speculator(self, prompt_ids: Sequence[int]) -> Speculator:
         if self._draft is None or not self._speculate:
@@ -271,37 +275,28 @@ class Generator:
             return propose()
         return await asyncio.get_running_loop().run_in_executor(self._draft.thread, propose)
 
-    async def _forward(self, dialogue: Dialogue, ids: Sequence[int], keep: int) -> torch.Tensor:
-        """Send what the session does not hold yet through the blocks: the last `keep` rows that come out."""
-        held = min(len(dialogue.held), len(ids) - keep)
-        rows = await self._on_thread(lambda: from_torch(self._ends.embed(ids[held:], held)))
-        last = await dialogue.session.forward(rows, position=held, keep=keep)
-        dialogue.held[held:] = ids[held:]
-        return to_torch(last)  # (keep, hidden)
+    async def _forward(
+        self, dialogue: Dialogue, position: int, tokens: Sequence[int], keep: int, embedded: Tensor | None = None
+    ) -> Tensor:
+        """Send `tokens` through all blocks, `embedded` if they are already: the last `keep` rows, (keep, hidden)."""
+        rows = await self._embed(tokens, position) if embedded is None else embedded
+        last = await dialogue.session.forward(rows, position=position, keep=keep)
+        dialogue.held[position:] = tokens
+        return last
 
-    async def _choose(
-        self, logits: torch.Tensor, ids: Sequence[int], sampler: Sampler, grammar: Grammar | None, top: int | None
-    ) -> Scored:
-        """The token behind `ids`, given its scores, (1, vocab). Scored itself only if `top` says so."""
-
-        def work() -> Scored:
-            token = sampler(ids, logits[0], grammar.allowed() if grammar is not None else None)
-            return Scored(token, None) if top is None else score(logits, [token], top)[0]
-
-        return await self._on_thread(work)
-
-    async def _score_prompt(
-        self, dialogue: Dialogue, ids: Sequence[int], top: int
-    ) -> tuple[torch.Tensor, list[Scored]]:
+    async def _score_prompt(self, dialogue: Dialogue, ids: Sequence[int], top: int) -> tuple[Tensor, list[Scored]]:
         """The last row of the prompt, and how likely each of its tokens was behind those before it."""
-        rows = await self._forward(dialogue, ids, keep=len(ids))
+        rows = await self._forward(dialogue, 0, ids, keep=len(ids))
         scores = [Scored(ids[0], None)]
         for first in range(0, len(ids) - 1, MAX_ROWS):
             last = min(first + MAX_ROWS, len(ids) - 1)
-            scores += await self._on_thread(
-                lambda: score(self._ends.logits(rows[first:last]), ids[first + 1 : last + 1], top)  # noqa: B023
-            )
-        return rows[-1:], scores
+            behind = ids[first + 1 : last + 1]
+            scores += await self._head.score(rows.rows(first, last), partial(score, tokens=behind, top=top))
+        return rows.rows(len(ids) - 1, len(ids)), scores
+
+    async def _embed(self, ids: Sequence[int], position: int) -> Tensor:
+        """(tokens, hidden)"""
+        return await self._on_thread(lambda: from_torch(self._ends.embed(ids, position)))
 
     async def _on_thread(self, work: Callable[[], T]) -> T:
         return await asyncio.get_running_loop().run_in_executor(self._thread, work)

@@ -1,18 +1,24 @@
 """The head of a model, shared by all generations of a process.
 
 One row takes the head about as long as sixteen, because reading its weights is what takes the time (docs/log.md). So
-rows that arrive together are scored together, whoever they belong to.
+rows that arrive together are scored together, whoever they belong to. What each generation makes of its scores is done
+on the same visit to the thread.
 """
 
 import asyncio
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Executor
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any, TypeVar
 
 import torch
 
 from llmasos.blocks.ends import ModelEnds
+from llmasos.blocks.tensors import to_torch
+from llmasos.wire import Tensor
+
+T = TypeVar("T")
 
 MAX_ROWS = 64
 """Rows scored at once: with 150,000 tokens in a vocabulary they take 40 MB."""
@@ -22,8 +28,11 @@ GATHER_S = 0.001
 
 @dataclass(slots=True)
 class _Waiting:
-    rows: torch.Tensor
-    answer: asyncio.Future[torch.Tensor]
+    rows: Tensor
+    then: Callable[[torch.Tensor], Any]
+    answer: asyncio.Future[Any]
+    result: Any = None
+    error: Exception | None = None
 
 
 class SharedHead:
@@ -46,10 +55,10 @@ class SharedHead:
         finally:
             self._expected -= 1
 
-    async def logits(self, rows: torch.Tensor) -> torch.Tensor:
-        """(rows, hidden) -> (rows, vocab), float32. At most MAX_ROWS at a time."""
-        answer: asyncio.Future[torch.Tensor] = asyncio.get_running_loop().create_future()
-        self._waiting.append(_Waiting(rows, answer))
+    async def score(self, rows: Tensor, then: Callable[[torch.Tensor], T]) -> T:
+        """What `then` makes on the thread of the scores of `rows`, (rows, vocab), float32. At most MAX_ROWS at once."""
+        answer: asyncio.Future[T] = asyncio.get_running_loop().create_future()
+        self._waiting.append(_Waiting(rows, then, answer))
         if self._rounds is None:
             self._rounds = asyncio.create_task(self._serve(), name="head")
         return await answer
@@ -60,17 +69,15 @@ class SharedHead:
             while self._waiting:
                 await self._gather()
                 batch = self._take()
-                try:
-                    logits = await self._score(torch.cat([waiting.rows for waiting in batch]))
-                except Exception as error:  # noqa: BLE001 - whoever waits is told, and raises it
-                    for waiting in batch:
-                        if not waiting.answer.done():
-                            waiting.answer.set_exception(error)
-                    continue
-                parts = torch.split(logits, [len(waiting.rows) for waiting in batch])
-                for waiting, part in zip(batch, parts, strict=True):
-                    if not waiting.answer.done():  # its generation may have been cancelled
-                        waiting.answer.set_result(part)
+                self.calls += 1
+                await asyncio.get_running_loop().run_in_executor(self._thread, self._score, batch)
+                for waiting in batch:
+                    if waiting.answer.done():
+                        continue  # its generation has been cancelled
+                    if waiting.error is not None:
+                        waiting.answer.set_exception(waiting.error)
+                    else:
+                        waiting.answer.set_result(waiting.result)
         finally:
             self._rounds = None
 
@@ -83,12 +90,25 @@ class SharedHead:
 
     def _take(self) -> list[_Waiting]:
         count, rows = 0, 0
-        while count < len(self._waiting) and (not count or rows + len(self._waiting[count].rows) <= MAX_ROWS):
-            rows += len(self._waiting[count].rows)
+        while count < len(self._waiting) and (not count or rows + self._waiting[count].rows.tokens <= MAX_ROWS):
+            rows += self._waiting[count].rows.tokens
             count += 1
         batch, self._waiting = self._waiting[:count], self._waiting[count:]
         return batch
 
-    async def _score(self, rows: torch.Tensor) -> torch.Tensor:
-        self.calls += 1
-        return await asyncio.get_running_loop().run_in_executor(self._thread, self._ends.logits, rows)
+    def _score(self, batch: Sequence[_Waiting]) -> None:
+        """On the thread."""
+        try:
+            logits = self._ends.logits(torch.cat([to_torch(waiting.rows) for waiting in batch]))
+        except Exception as error:  # noqa: BLE001 - whoever waits is told, and raises it
+            for waiting in batch:
+                waiting.error = error
+            return
+        first = 0
+        for waiting in batch:
+            end = first + waiting.rows.tokens
+            try:
+                waiting.result = waiting.then(logits[first:end])
+            except Exception as error:  # noqa: BLE001 - the same
+                waiting.error = error
+            first = end

@@ -14,11 +14,8 @@ links that are longer than the computing, they are tried often. `Speculator` is 
 what came of each step.
 """
 
-from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING, Protocol
-
-if TYPE_CHECKING:
-    import torch
+from collections.abc import Iterable
+from typing import Protocol
 
 MAX_NGRAM = 3
 MIN_NGRAM = 2
@@ -79,7 +76,6 @@ class Speculator:
         self._guesser = guesser or NgramIndex()
         self._guesser.extend(prompt_ids)
         self._guesses = FIRST_GUESSES
-        self._step_s = 0.0  # the last step, until its guesses are settled
         self._plain_s = 0.0  # a step without guesses
         self._guessed_s = 0.0  # a step with some
         self._accepted = 0.0  # right guesses a step
@@ -104,15 +100,8 @@ class Speculator:
         """The text goes on with `ids`."""
         self._guesser.extend(ids)
 
-    def time(self, seconds: float) -> None:
-        """A decoding step took so long."""
-        self._step_s = seconds
-
-    def settle(self, guessed: int, accepted: int) -> None:
-        """It is known what became of the last step's guesses. Steps that were not timed do not count."""
-        seconds, self._step_s = self._step_s, 0.0
-        if seconds == 0.0:
-            return
+    def took(self, seconds: float, guessed: int, accepted: int) -> None:
+        """A decoding step took so long, with so many guesses, of which so many came true."""
         if not guessed:
             self._plain_s = _blend(self._plain_s, seconds)
             self._account = min(self._account + MAX_LOSS, 0.0)
@@ -123,38 +112,6 @@ class Speculator:
         self._account += accepted + 1 - seconds / self._plain_s
         self._account = max(min(self._account, 0.0), -MAX_DEBT)
         self._guesses = min(2 * guessed, MAX_GUESSES) if accepted == guessed else max(accepted + 1, MIN_NGRAM)
-
-
-class Ahead:
-    """Scores that one step has brought: for the token behind what was sent, and behind each guess sent with it."""
-
-    def __init__(self) -> None:
-        self._guesses: Sequence[int] = ()
-        self._logits: Sequence[torch.Tensor] = ()  # (1, vocab) each
-        self._taken = 0
-
-    def put(self, guesses: Sequence[int], logits: "torch.Tensor") -> None:
-        """A step came back: (1 + guesses, vocab)."""
-        self._guesses, self._taken = guesses, 0
-        self._logits = [logits[index : index + 1] for index in range(len(logits))]
-
-    def take(self, last: int) -> "torch.Tensor | None":
-        """The next scores, if they still count: those behind a guess do only if the token came as guessed."""
-        taken = self._taken
-        if taken == len(self._logits) or (taken > 0 and self._guesses[taken - 1] != last):
-            return None
-        self._taken += 1
-        return self._logits[taken]
-
-    @property
-    def right(self) -> int:
-        """How many guesses came true."""
-        return max(self._taken - 1, 0)
-
-    @property
-    def guessed(self) -> int:
-        """How many guesses there were."""
-        return len(self._guesses)
 
 
 def _blend(average: float, sample: float) -> float:
