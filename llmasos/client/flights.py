@@ -19,11 +19,17 @@ class Flight:
 
     position: int
     keep: int
-    answer: asyncio.Future[Tensor]
+    answer: asyncio.Future[Tensor | None]
     first: int = 0
     replay: int = 0
     tokens: int = 0
     sent_at: float = 0.0
+
+    def give_up(self) -> None:
+        """Whoever waits for the answer gets None; it may still come."""
+        if not self.answer.done():
+            self.answer.set_result(None)
+            self.answer = self.answer.get_loop().create_future()
 
     def onward(self, result: Result, replay: int) -> Step:
         """The step for the next hop, of a result that came to us to be relayed."""
@@ -50,7 +56,7 @@ class Flights:
 
     def start(self, number: int, position: int, keep: int, first: int = 0, replay: int = 0, tokens: int = 0) -> None:
         """Expect an answer to that step, which is sent now."""
-        answer: asyncio.Future[Tensor] = asyncio.get_running_loop().create_future()
+        answer: asyncio.Future[Tensor | None] = asyncio.get_running_loop().create_future()
         self._flights[number] = Flight(position, keep, answer, first, replay, tokens, self._clock())
 
     def waiting(self, number: int) -> Flight | None:
@@ -58,10 +64,17 @@ class Flights:
         flight = self._flights.get(number)
         return flight if flight is not None and not flight.answer.done() else None
 
-    async def landed(self, number: int, timeout_s: float) -> bool:
-        """Wait for the answer to a step, but no longer than that."""
-        done, _ = await asyncio.wait([self._flights[number].answer], timeout=timeout_s)
-        return bool(done)
+    async def answer(self, number: int, timeout_s: float) -> Tensor | None:
+        """The answer to a step, None if there is none within that time. Raises what the step failed with."""
+        flight = self._flights[number]
+        timer = asyncio.get_running_loop().call_later(timeout_s, flight.give_up)
+        try:
+            answer = await flight.answer
+        finally:
+            timer.cancel()
+        if answer is not None:
+            del self._flights[number]
+        return answer
 
     def took(self, seconds: float) -> None:
         """An answer came after that time, and nothing was wrong."""
@@ -70,10 +83,6 @@ class Flights:
     def patience_s(self, most_s: float) -> float:
         """How long an answer may take before one asks whether all are well: a multiple of what was usual."""
         return min(most_s, max(MIN_SUSPECT_AFTER_S, SUSPECT_FACTOR * self._slowest_s)) if self._slowest_s else most_s
-
-    def take(self, number: int) -> Tensor:
-        """The answer to a step that has landed. Raises what it failed with."""
-        return self._flights.pop(number).answer.result()
 
     def fail(self, error: LLMasOSError) -> None:
         """Nothing that is in the air will arrive."""

@@ -209,9 +209,11 @@ class Session:
     async def _answer(self, number: int) -> Tensor:
         """Wait for a step. When it is late, look for hops that are silent; those that answer are waited for longer."""
         loop = asyncio.get_running_loop()
-        deadline = loop.time() + self._config.step_timeout_s
         begin, probed = loop.time(), False
-        while not await self._flights.landed(number, self._flights.patience_s(self._config.suspect_after_s)):
+        deadline = begin + self._config.step_timeout_s
+        while (
+            found := await self._flights.answer(number, self._flights.patience_s(self._config.suspect_after_s))
+        ) is None:
             probed = True
             await self._connections.probe(list(self._hops))
             for hop in self._hops.cut_links(number, loop.time()):
@@ -223,7 +225,7 @@ class Session:
                     )
         if not probed:
             self._flights.took(loop.time() - begin)
-        return self._flights.take(number)
+        return found
 
     # --- failover ----------------------------------------------------------------------------------------------------
 
