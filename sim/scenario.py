@@ -223,7 +223,7 @@ def resize(
     changed = msgspec.structs.replace
     if peers is not None:
         at_start = scenario.peers.at_start
-        if at_start is not None:
+        if at_start:  # none remains none
             at_start = min(peers, max(1, round(at_start * peers / scenario.peers.count)))
         scenario = changed(scenario, peers=changed(scenario.peers, count=peers, at_start=at_start))
     if clients is not None:

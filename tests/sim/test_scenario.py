@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 
 from sim.scenario import Scenario, ScenarioError, load, parse, resize, scenarios
+from sim.simulation import simulate
 
 NAMES = [
     "churn",
@@ -70,6 +71,22 @@ def test_an_unknown_name_lists_the_known() -> None:
     with pytest.raises(ScenarioError, match="there is no scenario 'nonsense'") as caught:
         load("nonsense")
     assert "churn, cold-start" in caught.value.hint
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_replay_that_names_all_sizes_is_the_scenario_itself(name: str) -> None:
+    """One that begins with nobody began with one peer."""
+    scenario = load(name)
+    sizes = {"peers": scenario.peers.count, "clients": scenario.clients.count, "duration_s": scenario.duration_s}
+    assert resize(scenario, **sizes) == scenario
+
+
+def test_the_example_of_the_documentation_runs_as_it_stands() -> None:
+    text = (Path(__file__).parents[2] / "docs" / "simulator.md").read_text(encoding="utf-8")
+    example = text.split("```toml\n")[1].split("```")[0]
+    report = simulate(resize(parse(example, "example", "docs/simulator.md"), clients=2, duration_s=20), 0)
+    assert report.done > 0
+    assert not report.violations
 
 
 def test_a_scenario_can_be_resized() -> None:
