@@ -162,3 +162,37 @@ def test_who_comes_later_has_the_next_pass() -> None:
     assert count == 2
     assert first_s <= GATHER_S + PASS_S + 1e-6
     assert second_s <= 2 * PASS_S + 2 * GATHER_S + 1e-6
+
+
+def test_who_leaves_while_a_pass_waits_for_others_is_not_in_it() -> None:
+    """The peer died of it."""
+
+    async def main() -> None:
+        loop = asyncio.get_running_loop()
+        runner = SimRunner(SPAN, Speed(first_row_s=PASS_S / len(SPAN), row_s=1e-9))
+        engine = Engine(runner, Scheduler(10_000, 64), loop.time)
+        engine.alone_s = PASS_S
+        serving = asyncio.create_task(engine.serve())
+
+        async def step(name: str, number: int) -> None:
+            done = asyncio.Event()
+            engine.submit(name, SPAN, number, number, from_numbers([7]), lambda *_: done.set())
+            await done.wait()
+
+        for name in ("awaited", "leaver", "stayer"):
+            engine.scheduler.admit(name, 100)
+        for number in range(8):
+            await step("awaited", number)
+            await asyncio.sleep(0.5 * PASS_S)
+        await step("awaited", 8)  # it is usually back in half a pass
+        passes = engine.passes
+        engine.submit("leaver", SPAN, 0, 0, from_numbers([7]), lambda *_: pytest.fail("it has left"))
+        await asyncio.sleep(0.2 * PASS_S)
+        assert engine.passes == passes
+        engine.release("leaver")
+        await asyncio.sleep(PASS_S)
+        assert not serving.done()
+        await step("stayer", 0)
+        serving.cancel()
+
+    run(main())

@@ -124,9 +124,14 @@ class Engine:
                 await self._wake.wait()
                 await self._gather()
                 continue
+            wait_s = self._worth_waiting_s(any(piece.decodes for piece in batch))
+            if wait_s > 0:
+                if await self._somebody_returned(wait_s):
+                    continue
+                batch = self.scheduler.schedule()  # some of those who waited may have left meanwhile
+                if not batch:
+                    continue
             decoding = [piece.decodes for piece in batch]
-            if await self._somebody_returned(self._worth_waiting_s(any(decoding))):
-                continue
             self._running = {piece.session for piece in batch}
             begin = self._clock()
             results = await self.runner.run([self._chunk(piece) for piece in batch])
@@ -169,9 +174,7 @@ class Engine:
         return self._absences.wait_s(self._clock(), WORTH_WAITING * self._prompt_pass_s)
 
     async def _somebody_returned(self, wait_s: float) -> bool:
-        """Within that time, as far as any is given."""
-        if wait_s <= 0:
-            return False
+        """Within that time."""
         self._wake.clear()
         try:
             async with asyncio.timeout(wait_s):
