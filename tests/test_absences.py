@@ -47,6 +47,13 @@ def test_nobody_waits_for_strangers_for_who_is_here_or_for_who_is_gone() -> None
     assert absences.wait_s(5.0, within_s=1.0) == 0
 
 
+def test_who_came_back_sooner_once_is_expected_that_soon() -> None:
+    absences = away(0.040, 0.040, 0.010, since=5.0)
+    assert absences.wait_s(5.0, within_s=0.02) == pytest.approx(LATE * 0.010)
+    absences = away(0.010, 0.040, since=5.0)
+    assert absences.wait_s(5.0, within_s=0.02) == pytest.approx(LATE * 0.0175), "and one time that was longer is noise"
+
+
 def test_the_last_of_several_counts_and_the_habit_follows() -> None:
     absences = away(*[0.010] * 3, *[0.020] * 40, since=5.0)
     assert absences.wait_s(5.0, within_s=0.03) == pytest.approx(LATE * 0.020, rel=0.01)

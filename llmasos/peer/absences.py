@@ -19,7 +19,10 @@ class _Absence:
 
 
 class Absences:
-    """Who is away since when, and for how long usually: the mean over the last few times."""
+    """Who is away since when, and for how long usually: so long as the shortest of the last few times.
+
+    What makes an absence longer is often the pass that did not wait for it: a machine that both share is busy then.
+    """
 
     def __init__(self) -> None:
         self._of: dict[str, _Absence] = {}
@@ -34,7 +37,10 @@ class Absences:
         if absence is None or absence.since is None:
             return
         gone_s, absence.since = now - absence.since, None
-        absence.usual_s = gone_s if absence.usual_s is None else absence.usual_s + (gone_s - absence.usual_s) / 4
+        if absence.usual_s is None or gone_s < absence.usual_s:
+            absence.usual_s = gone_s
+        else:
+            absence.usual_s += (gone_s - absence.usual_s) / 4
 
     def forget(self, session: str) -> None:
         """It is over."""
