@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+from torch import nn
 
 from llmasos.blocks.anatomy import MISFITS, Anatomy, dissect
 from llmasos.blocks.attention import NotPackableError, PackedCache, PackedStep, SessionView
@@ -38,6 +39,7 @@ class ModelEnds:
         self._body = body
         self._model = body.model
         self._chain = chain
+        self._table: torch.Tensor | None = None  # (vocab, hidden), where the class does nothing but look tokens up
 
     @torch.inference_mode()
     def embed(self, token_ids: Sequence[int], position: int) -> torch.Tensor:
@@ -48,6 +50,8 @@ class ModelEnds:
         if outside:
             raise UsageError(f"token {outside[0]} is not in the vocabulary of {self.vocab_size}")
         ids = torch.tensor([list(token_ids)], dtype=torch.long, device=self.device)
+        if self._table is not None:
+            return self._table[ids[0]]
         self._chain.capture_first = True
         try:
             self._forward(position, len(token_ids), input_ids=ids)
@@ -57,6 +61,25 @@ class ModelEnds:
         finally:
             self._chain.capture_first = False
         raise UnsupportedModelError(f"{self._family} models run their layers in an unusual order")
+
+    @torch.inference_mode()
+    def look_up_if_that_is_all(self) -> None:
+        """From now on look tokens up in the model's table of embeddings, if its class does nothing else with them.
+
+        A class that scales them, or adds something for their positions, is found out by some tokens at some positions.
+        """
+        try:
+            embedding = self._model.get_input_embeddings()
+        except NotImplementedError:  # the class does not say where it is
+            return
+        if type(embedding) is not nn.Embedding:
+            return
+        table = embedding.weight.detach()
+        ids = [0, 1, self.vocab_size // 2, self.vocab_size - 1]
+        rows = table[torch.tensor(ids, device=self.device)]
+        embedded = [self.embed(ids, position) for position in (0, 1, 64)]
+        if all(given.dtype == rows.dtype and torch.equal(given, rows) for given in embedded):
+            self._table = table
 
     @torch.inference_mode()
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
@@ -118,6 +141,7 @@ def load_ends(
         progress(total, total)
     ends = ModelEnds(spec, dtype, device, body, chain)
     _try_out(ends, body)
+    ends.look_up_if_that_is_all()
     return ends
 
 

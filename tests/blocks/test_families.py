@@ -42,6 +42,18 @@ def test_each_block_gives_the_hidden_states_of_transformers(split: Split) -> Non
             close(split.ends.logits(out), wanted.logits[0].float())
 
 
+@pytest.mark.parametrize(("family", "only_looks_up"), [("llama", True), ("gemma2", False), ("gpt2", False)])
+@torch.inference_mode()
+def test_tokens_enter_as_in_transformers_wherever_they_stand(
+    family: str, only_looks_up: bool, split_model: Any
+) -> None:
+    split, ids = split_model(family), tokens(9)
+    assert (split.ends._table is not None) is only_looks_up
+    entering = split.reference(torch.tensor([ids]), output_hidden_states=True).hidden_states[0][0]
+    for cut in (1, 4, 8):
+        assert torch.equal(split.ends.embed(ids[cut:], cut), entering[cut:])
+
+
 @torch.inference_mode()
 def test_a_session_may_enter_a_span_in_its_middle(split: Split) -> None:
     wanted = split.reference(torch.tensor([tokens(14)]), output_hidden_states=True)

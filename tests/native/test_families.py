@@ -12,9 +12,9 @@ from transformers import AutoModelForCausalLM
 
 from llmasos.blocks.ends import load_ends
 from llmasos.blocks.layers import BlockChunk, DecoderBlocks, load_blocks
+from llmasos.blocks.llama_shape import FAMILIES, MisfitError, shape_of
 from llmasos.blocks.native import loading
 from llmasos.blocks.native.blocks import NativeBlocks
-from llmasos.blocks.llama_shape import FAMILIES, MisfitError, shape_of
 from llmasos.blocks.native.library import LIBRARY_VARIABLE, VARIANT_VARIABLE
 from llmasos.blocks.native.stack import UNLIMITED
 from llmasos.blocks.registry import resolve
