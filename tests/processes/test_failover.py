@@ -2,6 +2,7 @@
 
 import asyncio
 import signal
+import sys
 import time
 from collections.abc import AsyncIterator
 
@@ -10,8 +11,11 @@ import pytest_asyncio
 
 from llmasos.client.async_client import AsyncLLMasOS
 from llmasos.client.generation import Generation, GenerationRequest
+from llmasos.config import NetworkConfig
+from llmasos.multiaddr import parse_multiaddr
+from llmasos.p2p import P2PNetwork
+from llmasos.wire import PROTOCOL, Ping, Pong, decode, encode
 from sim.local import LocalProcess, LocalSwarm
-from tests.processes.conftest import command
 
 PROMPT = "The history of the steam engine begins"
 NEW_TOKENS = 60
@@ -63,23 +67,43 @@ async def test_the_text_goes_on_as_it_would_have(
     await swarm.start_peer(victim.name, "14:30")
 
 
-async def test_a_client_that_is_killed_frees_its_room(client: AsyncLLMasOS, swarm: LocalSwarm) -> None:
+async def test_a_client_that_is_killed_frees_its_room(swarm: LocalSwarm) -> None:
     code = (
-        "import asyncio, os\n"
+        "import asyncio, sys\n"
         "from llmasos import AsyncLLMasOS\n"
         "async def main():\n"
         f"    async with AsyncLLMasOS({swarm.address!r}) as client:\n"
         "        async with client.dialogue('smollm2', 500):\n"
-        "            os.kill(os.getpid(), 9)\n"
+        "            print('open', flush=True)\n"
+        "            await asyncio.sleep(60)\n"
         "asyncio.run(main())\n"
     )
-    before = await room(client)
-    assert (await command("-c", code)).code == -9
-    begin = time.monotonic()
-    while await room(client) != before:
-        assert time.monotonic() - begin < 25  # the lease of 15 s, and the next announcement
+    async with await P2PNetwork.create(NetworkConfig(listen=False)) as network:
+        before = await room(network, swarm)
+        other = await asyncio.create_subprocess_exec(sys.executable, "-c", code, stdout=asyncio.subprocess.PIPE)
+        assert other.stdout is not None
+        assert await other.stdout.readline() == b"open\n"
+        taken = await room(network, swarm)
+        assert any(taken[name] <= before[name] - 500 for name in before)
+        other.kill()
+        await other.wait()
+        begin = time.monotonic()
+        while any(free < before[name] for name, free in (await room(network, swarm)).items()):
+            assert time.monotonic() - begin < 25  # the lease of 15 s
+            await asyncio.sleep(0.5)
 
 
-async def room(client: AsyncLLMasOS) -> dict[str, int]:
-    (model,) = (await client.status())["models"]
-    return {peer["name"]: peer["kv_free_tokens"] for peer in model["peers"] if peer["state"] == "online"}
+async def room(network: P2PNetwork, swarm: LocalSwarm) -> dict[str, int]:
+    """What each peer itself says is free."""
+    free = {}
+    for name, peer in swarm.peers.items():
+        stream = await network.connect(parse_multiaddr(peer.address), PROTOCOL)
+        try:
+            await stream.send(encode(Ping()))
+            answer = decode(await stream.receive())
+        finally:
+            await stream.close()
+        assert isinstance(answer, Pong)
+        assert answer.kv_free_tokens is not None
+        free[name] = answer.kv_free_tokens
+    return free
