@@ -92,11 +92,6 @@ class PackedStep:
     """Per slot: all keys and values of the block that wrote last, (heads, tokens, width)."""
     written: tuple[torch.Tensor, torch.Tensor] | None = None
     """What the block that wrote last has put into the cache; it must attend to just that."""
-    masks: dict[tuple[int, int], Mask] = field(default_factory=dict)
-    """By pattern and slot; the blocks of one step share them."""
-    patterns: list[Pattern] = field(default_factory=list)
-    """Keeps the patterns of `masks` alive, as their ids are the keys there."""
-
     notes: dict[int, tuple[Any, Any]] = field(default_factory=dict)
     """By the id of what is given to all blocks of the step: itself, and what they have made of it."""
 
@@ -113,12 +108,17 @@ class PackedStep:
         return torch.split(rows, [*counts, rows.shape[1] - sum(counts)], dim=1)
 
     def mask(self, pattern: Pattern, slot: int, like: torch.Tensor) -> Mask:
-        found = self.masks.get((id(pattern), slot))
+        masks = self.once(pattern, _no_masks)
+        found = masks.get(slot)
         if found is None:
             where = self.slots[slot]
-            found = self.masks[id(pattern), slot] = pattern.mask(where.position, where.tokens, like)
-            self.patterns.append(pattern)
+            found = masks[slot] = pattern.mask(where.position, where.tokens, like)
         return found
+
+
+def _no_masks(pattern: Pattern) -> dict[int, Mask]:
+    """Of one pattern, by slot: what a step knows before its first block."""
+    return {}
 
 
 _step: ContextVar[PackedStep] = ContextVar("llmasos_packed_step")

@@ -23,9 +23,8 @@ log = logging.getLogger(__name__)
 
 _POST_OPS = {"silu": ("swish", ""), "gelu_tanh": ("gelu", "tanh")}
 """What oneDNN calls the activations: its word for one and for how it is approximated."""
-
-
 _JOINED = ("q_proj", "k_proj", "v_proj")
+"""What reads the same rows, and becomes one product."""
 
 
 @torch.no_grad()

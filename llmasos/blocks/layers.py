@@ -1,7 +1,8 @@
 """A range of a model's decoder blocks, loaded and ready to run for many sessions at once."""
 
 import logging
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -173,10 +174,15 @@ class DecoderBlocks:
             self._chain.feed(None, None)
         raise UnsupportedModelError(f"{self._family} models run their layers in an unusual order")
 
+    def dissolve(self, fused: Mapping[int, FusedBlock]) -> None:
+        """From now on run the layers of the family in the place of these."""
+        self._chain.instead = {}
+        for block in fused.values():
+            block.dissolve()
+
     def run_one_by_one(self) -> None:
         """From now on give each chunk a forward pass of its own, with the family's own attention."""
         self.packed = False
-        self._chain.instead = {}
         self._attend_by(self._body.attention)
 
     def _attend_by(self, implementation: str) -> None:
@@ -261,35 +267,38 @@ def _load_for_torch(spec: ModelSpec, span: Span, dtype: str, device: str, progre
     loader.settle(body.owner)
     blocks = DecoderBlocks(spec, span, dtype, device, body, chain)
     chain.instead = fused
-    if fused and not _fits(blocks):
-        log.info("%s blocks run as transformers has them: those of our own give other results", spec.name)
-        chain.instead = {}
-        for own in fused.values():
-            own.dissolve()
-    _try_out(blocks, body)
+    _try_out(blocks, body, fused)
     return blocks
 
 
-def _fits(blocks: DecoderBlocks) -> bool:
-    """Whether sessions can share a forward pass of this family. Its code decides that, not a list of names."""
+def _packed_error(blocks: DecoderBlocks) -> float:
+    """Of sessions that share a pass. Whether they can is in the family's code, not in a list of names: inf if not."""
+    if not blocks.packed:
+        return math.inf
     try:
-        return trial.deviation(blocks) <= 1
+        return trial.deviation(blocks)
     except (NotPackableError, *MISFITS):
-        return False
+        return math.inf
 
 
-def _try_out(blocks: DecoderBlocks, body: Anatomy) -> None:
+def _try_out(blocks: DecoderBlocks, body: Anatomy, fused: Mapping[int, FusedBlock]) -> None:
     """Refuse blocks that do not compute what their family computes; measure what a cached token costs."""
     lost = left_on_meta(body.owner)
     if lost:
         raise UnsupportedModelError(f"{body.model.config.model_type} models keep {lost[0]} outside of their blocks")
-    if blocks.packed and not _fits(blocks):
-        blocks.run_one_by_one()
+    error = _packed_error(blocks)
+    if fused and not error <= 1:
+        log.info("%s runs as transformers has it: blocks of our own give other results", body.model.config.model_type)
+        blocks.dissolve(fused)
+        error = _packed_error(blocks)
     family = f"{body.model.config.model_type} models cannot be served block by block"
-    try:
-        error = trial.deviation(blocks)
-    except MISFITS as reason:
-        raise UnsupportedModelError(f"{family}: their code fails when blocks run apart ({reason})") from reason
+    if not error <= 1:
+        if blocks.packed:
+            blocks.run_one_by_one()
+        try:
+            error = trial.deviation(blocks)
+        except MISFITS as reason:
+            raise UnsupportedModelError(f"{family}: their code fails when blocks run apart ({reason})") from reason
     if not error <= 1:
         raise UnsupportedModelError(
             f"{family}: their blocks give other results when they run apart ({error:.1f} times the tolerated error)"

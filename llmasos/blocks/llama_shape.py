@@ -7,14 +7,13 @@ Whether all of it together is right is for `loading` to compare.
 """
 
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 import torch
 from torch import nn
 
 from llmasos.blocks.attention import Pattern
-from llmasos.blocks.linear import PackedLinear, PackedPart
 from llmasos.blocks.native.stack import ACTIVATIONS, UNLIMITED, Geometry, Norm
 
 FAMILIES = frozenset({"llama", "mistral", "qwen2", "qwen3", "smollm3", "gemma", "gemma2", "gemma3_text"})
@@ -103,11 +102,11 @@ def _expect(module: nn.Module, needed: set[str], optional: set[str], family: str
         raise MisfitError(f"the {type(module).__name__} of {family} blocks differs in {', '.join(odd) or 'its norms'}")
 
 
-def _linear(module: nn.Module, name: str) -> nn.Linear | PackedPart | PackedLinear:
+def _linear(module: nn.Module, name: str) -> nn.Linear:
     found = module.get_submodule(name)
-    if type(found) not in (nn.Linear, PackedLinear, PackedPart):
+    if type(found) is not nn.Linear:
         raise MisfitError(f"{name} is a {type(found).__name__}")
-    return cast(nn.Linear | PackedPart | PackedLinear, found)
+    return found
 
 
 def _activation(mlp: nn.Module, family: str) -> str:

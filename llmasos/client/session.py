@@ -211,9 +211,8 @@ class Session:
         loop = asyncio.get_running_loop()
         begin, probed = loop.time(), False
         deadline = begin + self._config.step_timeout_s
-        while (
-            found := await self._flights.answer(number, self._flights.patience_s(self._config.suspect_after_s))
-        ) is None:
+        most_s = self._config.suspect_after_s
+        while (found := await self._flights.answer(number, self._flights.patience_s(most_s))) is None:
             probed = True
             await self._connections.probe(list(self._hops))
             for hop in self._hops.cut_links(number, loop.time()):

@@ -214,7 +214,7 @@ def test_look_alikes_are_found_out_even_if_their_names_were_on_the_list(
 
 
 def test_a_wrong_result_is_refused(split_of: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    real = loading.shape_of
+    spec, real = split_of("llama").spec, loading.shape_of
 
     def wrong(*args: Any) -> Any:
         shape = real(*args)
@@ -222,7 +222,6 @@ def test_a_wrong_result_is_refused(split_of: Any, monkeypatch: pytest.MonkeyPatc
         return shape
 
     monkeypatch.setattr(loading, "shape_of", wrong)
-    spec = split_of("llama").spec
     with pytest.raises(UnsupportedModelError, match="block 1 gives other results"):
         load_blocks(spec, Span(1, 3), engine="native")
     assert load_blocks(spec, Span(1, 3)).runs_on == "torch"
