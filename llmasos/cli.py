@@ -12,21 +12,9 @@ from llmasos import __version__
 from llmasos.cli_route import add_route, route
 from llmasos.cli_serve import add_gateway, add_key, add_up, gateway, key, up
 from llmasos.client.chat import add_chat, chat, tell_event
-from llmasos.config import ClientConfig, NetworkConfig
-from llmasos.console import (
-    add_codec,
-    add_draft,
-    add_numbers,
-    parser,
-    progress,
-    run,
-    say,
-    set_up_logging,
-    show,
-    subcommand,
-    tell,
-    whole,
-)
+from llmasos.client.options import add_codec, add_draft, add_numbers, client_config
+from llmasos.config import NetworkConfig
+from llmasos.console import parser, progress, run, say, set_up_logging, show, subcommand, tell, whole
 from llmasos.doctor import add_doctor, doctor
 from llmasos.errors import UsageError, serve_command
 from llmasos.multiaddr import parse_multiaddr
@@ -54,8 +42,7 @@ async def generate(args: Namespace) -> None:
         "stop": args.stop,
         "trace": args.trace is not None,
     }
-    config = ClientConfig(dtype=args.dtype, quantization=args.quantization, codec=args.codec, draft_model=args.draft)
-    async with AsyncLLMasOS(args.join, config=config, on_event=tell_event) as client:
+    async with AsyncLLMasOS(args.join, config=client_config(args), on_event=tell_event) as client:
         result: Generation | None = None
         async for piece in client.stream(prompt, args.model, **options):
             if isinstance(piece, Generation):

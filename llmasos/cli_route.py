@@ -7,8 +7,9 @@ import secrets
 from argparse import ArgumentParser, Namespace
 from typing import TYPE_CHECKING, Any
 
+from llmasos.client.options import add_numbers
 from llmasos.config import PONG_TIMEOUT_S, NetworkConfig
-from llmasos.console import add_numbers, say, show, tell, whole
+from llmasos.console import say, show, tell, whole
 from llmasos.errors import MissingBlocksError, PeerError
 from llmasos.network import Network
 from llmasos.wire import PROTOCOL, Contact, Ping, encode

@@ -8,8 +8,9 @@ from collections.abc import Coroutine
 from pathlib import Path
 from typing import Any
 
-from llmasos.config import ClientConfig, GatewayConfig
-from llmasos.console import add_codec, add_log_format, add_numbers, cannot_listen, say, show, stop_signal, whole
+from llmasos.client.options import add_codec, add_numbers, client_config
+from llmasos.config import GatewayConfig
+from llmasos.console import add_log_format, cannot_listen, say, show, stop_signal, whole
 from llmasos.errors import LLMasOSError, UsageError
 from llmasos.local import LocalSwarm, split_evenly
 
@@ -54,8 +55,6 @@ def add_up(command: ArgumentParser) -> None:
     """The options of `llmasos up`."""
     command.add_argument("--peers", type=whole(1), default=3, help="how many share the blocks (default: %(default)s)")
     command.add_argument("--model", default="smollm2", help="(default: %(default)s)")
-    numbers = ClientConfig()  # which its peers compute in
-    command.set_defaults(dtype=numbers.dtype, quantization=numbers.quantization, codec=numbers.codec)
     _add_listen(command)
 
 
@@ -143,7 +142,7 @@ async def _serve(args: Namespace, join: list[str], models: tuple[str, ...], stop
         max_running=args.max_running,
         max_waiting=args.max_waiting,
     )
-    numbers = ClientConfig(dtype=args.dtype, quantization=args.quantization, codec=args.codec)
+    numbers = client_config(args)
     async with AsyncLLMasOS(join, config=numbers) as client:
         runner = await serve(client, config, numbers)
         try:

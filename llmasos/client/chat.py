@@ -18,8 +18,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
 
-from llmasos.config import ClientConfig
-from llmasos.console import add_codec, add_draft, add_numbers, say, talk, whole
+from llmasos.client.options import add_codec, add_draft, add_numbers, client_config
+from llmasos.console import say, talk, whole
 from llmasos.errors import LLMasOSError, UsageError
 
 if TYPE_CHECKING:
@@ -291,8 +291,7 @@ async def chat(args: Namespace) -> None:
         max_tokens=args.max_new_tokens,
         seed=args.seed,
     )
-    config = ClientConfig(dtype=args.dtype, quantization=args.quantization, codec=args.codec, draft_model=args.draft)
-    async with AsyncLLMasOS(args.join, config=config, on_event=tell_event) as client:
+    async with AsyncLLMasOS(args.join, config=client_config(args), on_event=tell_event) as client:
         generator = await client.generator(args.model)
         generator.chat_prompt([{"role": "user", "content": "?"}])  # a model that cannot chat says so now
         speaker = Speaker(client, args.model)
