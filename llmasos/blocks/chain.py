@@ -6,7 +6,7 @@ in use it lets everything pass; there it puts in the hidden states that came fro
 computed before; behind the last layer in use it takes the output and ends the forward pass, whatever would follow.
 """
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -56,13 +56,10 @@ class Link:
         assert self._loaded, f"block {self._index} is not loaded"
         if self._index == chain.use.start:
             args, kwargs = _with_hidden(chain.hidden, args, kwargs)
-        out = self._run(*args, **kwargs)
+        out = self._layer(*args, **kwargs)
         if self._index == chain.use.end - 1:
             raise Finished(out if isinstance(out, torch.Tensor) else out[0])
         return out
-
-    def _run(self, *args: Any, **kwargs: Any) -> Any:
-        return self._chain.instead.get(self._index, self._layer)(*args, **kwargs)
 
 
 def _with_hidden(hidden: torch.Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
@@ -83,8 +80,6 @@ class Chain(nn.ModuleList):
         self.hidden: torch.Tensor | None = None
         self.use: Span | None = None
         self.capture_first = False
-        self.instead: Mapping[int, Callable[..., Any]] = {}
-        """What is called in the place of a layer, by its index."""
 
     def feed(self, hidden: torch.Tensor | None, use: Span | None) -> None:
         """What the next forward pass takes in, and through which layers it goes."""

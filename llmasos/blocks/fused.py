@@ -1,23 +1,27 @@
-"""A Llama-shaped block on torch in a third of the operations that its family's own code takes.
+"""Llama-shaped blocks on torch in a third of the operations that their family's own code takes.
 
 Between two products a small model's block does little, but torch's way to each operation is long, and behind a product
 that has read megabytes it is cold: of a pass of one row, a third went there (docs/log.md). So residuals, activation and
 gate ride in oneDNN's products, heads are rotated without being cut apart, and norms are a few operations on whole rows.
-What is attended to remains with `attention`. Whether a layer is of this shape is for `llama_shape` to say, and whether
+What is attended to remains with `attention`; what the model class does before its first layer is done once, in
+`angles`, and not for each token in each peer. Whether a layer is of this shape is for `llama_shape` to say, and whether
 all of it together computes what the family does for `trial`.
 
 Every operation gives a row the same bits whoever shares it, from two rows up.
 """
 
 import logging
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, cast
 
 import torch
 from torch import nn
 
+from llmasos.blocks.angles import Angles
 from llmasos.blocks.attention import PackedCache, Pattern, packed_attention
 from llmasos.blocks.linear import PackedLinear, can_pack, join_linears, pack_linears, separate_linears
 from llmasos.blocks.llama_shape import MisfitError, Shape, norm_of, shape_of
+from llmasos.span import Span
 
 log = logging.getLogger(__name__)
 
@@ -26,17 +30,45 @@ _POST_OPS = {"silu": ("swish", ""), "gelu_tanh": ("gelu", "tanh")}
 _JOINED = ("q_proj", "k_proj", "v_proj")
 """What reads the same rows, and becomes one product."""
 
+Angle = tuple[torch.Tensor, torch.Tensor]
+"""Cosines, and sines with the sign that the halves of a head take when they change places: (positions, 1, width)."""
 
-@torch.no_grad()
-def fuse(layer: nn.Module, family: str, index: int, device: str) -> "FusedBlock | None":
-    """A block of our own over the weights of a layer that was just loaded, which are prepacked; None if it is of
-    another shape or its weights cannot be, and nothing has changed then.
-    """
-    try:
-        return FusedBlock(layer, shape_of(layer, family), index, device)
-    except MisfitError as reason:
-        log.debug("block %d runs as transformers has it: %s", index, reason)
+
+class Fusion:
+    """Makes blocks of our own of layers as they are loaded: of all of them, or of none."""
+
+    def __init__(self, family: str, device: str) -> None:
+        self._family = family
+        self._device = device
+        self._blocks: dict[int, FusedBlock] = {}
+        self._fits = True
+
+    @torch.no_grad()
+    def take(self, layer: nn.Module, index: int) -> bool:
+        """Prepack a layer that was just loaded, for a block of our own. False if it or one before it is of another
+        shape, or its weights cannot be: this one has not changed then.
+        """
+        if self._fits:
+            try:
+                self._blocks[index] = FusedBlock(layer, shape_of(layer, self._family), index, self._device)
+            except MisfitError as reason:
+                self._give_up(f"block {index}: {reason}")
+        return self._fits
+
+    def finish(self, ask: Callable[[Iterable[int]], Angles]) -> "FusedBlocks | None":
+        """With what `ask` says of the blocks that rotate, once all layers were taken. None if they are as they were."""
+        if self._fits:
+            try:
+                return FusedBlocks(self._blocks, ask([index for index, block in self._blocks.items() if block.rotates]))
+            except MisfitError as reason:
+                self._give_up(str(reason))
         return None
+
+    def _give_up(self, reason: str) -> None:
+        log.debug("%s runs as transformers has it: %s", self._family, reason)
+        self._fits = False
+        for block in self._blocks.values():
+            block.dissolve()
 
 
 class FusedBlock:
@@ -52,7 +84,7 @@ class FusedBlock:
         self._heads = [g.heads, g.kv_heads, g.kv_heads]
         self._scale = shape.scale
         self._softcap = shape.softcap or None
-        self._rotates = shape.rotates
+        self.rotates = shape.rotates
         self._activation = _POST_OPS[shape.activation]
         before, behind, between, last = shape.norms
         self._before_attention = _RMSNorm.of(layer, before, g.hidden)
@@ -77,31 +109,59 @@ class FusedBlock:
     def __call__(
         self,
         hidden_states: torch.Tensor,  # (1, rows, hidden), two rows or more
-        *,
-        past_key_values: PackedCache,
-        attention_mask: Pattern | None = None,
-        position_embeddings: tuple[torch.Tensor, torch.Tensor] | None = None,  # (1, rows, head_dim) each
-        **unused: Any,
+        angles: Angle | None,
+        pattern: Pattern | None,
+        cache: PackedCache,
     ) -> torch.Tensor:
         """The rows behind this block."""
         rows = _normed(self._before_attention, hidden_states)
         heads = self._projection(rows).view(1, rows.shape[1], -1, self._head_dim)
         queries, keys, values = heads.split(self._heads, dim=2)  # (1, rows, heads, head_dim) each
         queries, keys = _normed(self._query_norm, queries), _normed(self._key_norm, keys)
-        if self._rotates:
-            assert position_embeddings is not None, "the family gives its layers no angles"
-            cosines, sines = past_key_values.step.once(position_embeddings, _folded)
-            queries, keys = _rotated(queries, cosines, sines), _rotated(keys, cosines, sines)
+        if angles is not None:
+            queries, keys = _rotated(queries, *angles), _rotated(keys, *angles)
         queries, keys, values = queries.transpose(1, 2), keys.transpose(1, 2), values.transpose(1, 2)
-        past_key_values.update(keys, values, self._index)
+        cache.update(keys, values, self._index)
         attended, _ = packed_attention(
-            self._attention, queries, keys, values, attention_mask, self._scale, softcap=self._softcap
+            self._attention, queries, keys, values, pattern, self._scale, softcap=self._softcap
         )
         rows = attended.reshape(*hidden_states.shape[:2], -1)
         hidden_states = _added(self._out, self._behind_attention, rows, hidden_states)
         rows = _normed(self._before_mlp, hidden_states)
         rows = self._up.times(rows, self._gate.activated(rows, *self._activation))
         return _added(self._down, self._behind_mlp, rows, hidden_states)
+
+
+class FusedBlocks:
+    """All blocks of a span, called one after another with what their model class would hand to each of them."""
+
+    def __init__(self, blocks: Mapping[int, FusedBlock], angles: Angles) -> None:
+        self._blocks = blocks
+        self._angles = angles
+        self._fold()
+
+    def _fold(self) -> None:
+        self._tables = [_folded(*table) for table in self._angles.tables]
+
+    def run(
+        self, span: Span, hidden: torch.Tensor, positions: torch.Tensor, length: int, cache: PackedCache
+    ) -> torch.Tensor:
+        """`hidden` (1, rows, hidden) through the blocks of `span`; `positions` (rows,) are all below `length`."""
+        if self._angles.cover(length):
+            self._fold()
+        angles = [
+            (cosines.index_select(0, positions), sines.index_select(0, positions)) for cosines, sines in self._tables
+        ]
+        for index in span.blocks():
+            table = self._angles.table_of.get(index)
+            given = None if table is None else angles[table]
+            hidden = self._blocks[index](hidden, given, self._angles.patterns[index], cache)
+        return hidden
+
+    def dissolve(self) -> None:
+        """Leave the weights to the layers that they came from, in the form that is fastest there."""
+        for block in self._blocks.values():
+            block.dissolve()
 
 
 class _RMSNorm:
@@ -136,11 +196,9 @@ def _added(linear: PackedLinear, norm: _RMSNorm | None, rows: torch.Tensor, resi
     return linear.plus(rows, residual) if norm is None else residual + norm(linear(rows))
 
 
-def _folded(angles: tuple[torch.Tensor, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
-    """Cosines, and sines with the sign that the halves of a head take when they change places."""
-    cosines, sines = angles
-    half = sines.shape[-1] // 2
-    return cosines.unsqueeze(2), torch.cat((-sines[..., :half], sines[..., half:]), dim=-1).unsqueeze(2)
+def _folded(cosines: torch.Tensor, sines: torch.Tensor) -> Angle:
+    half = sines.shape[1] // 2
+    return cosines.unsqueeze(1), torch.cat((-sines[:, :half], sines[:, half:]), dim=1).unsqueeze(1)
 
 
 def _rotated(heads: torch.Tensor, cosines: torch.Tensor, sines: torch.Tensor) -> torch.Tensor:

@@ -2,7 +2,7 @@
 
 import logging
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,11 +10,12 @@ import torch
 
 from llmasos.blocks import trial
 from llmasos.blocks.anatomy import MISFITS, Anatomy, context_tokens, dissect
+from llmasos.blocks.angles import Angles
 from llmasos.blocks.attention import NAME as PACKED
 from llmasos.blocks.attention import NotPackableError, PackedCache, PackedStep, SessionView, Slot
 from llmasos.blocks.chain import Chain, Finished, mute
 from llmasos.blocks.devices import DTYPES, resolve_device, resolve_dtype
-from llmasos.blocks.fused import FusedBlock, fuse
+from llmasos.blocks.fused import FusedBlocks, Fusion
 from llmasos.blocks.kv_cache import SessionCache
 from llmasos.blocks.linear import pack_linears, weight_bytes
 from llmasos.blocks.llama_shape import MisfitError
@@ -73,6 +74,8 @@ class DecoderBlocks:
         self.weight_bytes = weight_bytes(chain)
         self.kv_bytes_per_token = 0
         self.torch_dtype = DTYPES[dtype]
+        self.fused: FusedBlocks | None = None
+        """What computes packed passes, if not the family's own code."""
         self._family = spec.family
         self._body = body
         self._owner = body.owner
@@ -146,8 +149,13 @@ class DecoderBlocks:
         if sum(counts) == 1:
             rows, positions = rows * 2, positions * 2
         hidden = torch.cat(rows).to(self.device, self.torch_dtype)[None]  # (1, rows, hidden)
+        where = torch.cat(positions).to(self.device)
         with PackedCache(PackedStep(slots)) as cache:
-            out = self._run(span, hidden, torch.cat(positions)[None].to(self.device), cache)[0]
+            if self.fused is not None:
+                length = max(slot.position + slot.tokens for slot in slots)
+                out = self.fused.run(span, hidden, where, length, cache)[0]
+            else:
+                out = self._run(span, hidden, where[None], cache)[0]
         # Copies: whoever keeps one session's rows must not keep the whole batch alive.
         return [part.clone() for part in torch.split(out[: sum(counts)], counts)]
 
@@ -174,12 +182,6 @@ class DecoderBlocks:
             self._chain.feed(None, None)
         raise UnsupportedModelError(f"{self._family} models run their layers in an unusual order")
 
-    def dissolve(self, fused: Mapping[int, FusedBlock]) -> None:
-        """From now on run the layers of the family in the place of these."""
-        self._chain.instead = {}
-        for block in fused.values():
-            block.dissolve()
-
     def run_one_by_one(self) -> None:
         """From now on give each chunk a forward pass of its own, with the family's own attention."""
         self.packed = False
@@ -193,13 +195,11 @@ class DecoderBlocks:
     def run_as_family(self, rows: torch.Tensor, cache: Any) -> torch.Tensor:
         """A whole sequence (tokens, hidden) through all loaded blocks with the family's own attention, for trials."""
         self._attend_by("eager" if self._body.packed else self._body.attention)
-        instead, self._chain.instead = self._chain.instead, {}
         try:
             positions = torch.arange(rows.shape[0], device=self.device)[None]
             noise = 10 * torch.randn_like(rows)
             return self._run(self.span, rows[None], positions, cache, noise[None])[0]
         finally:
-            self._chain.instead = instead
             self._attend_by(PACKED if self.packed else self._body.attention)
 
 
@@ -252,22 +252,20 @@ def _load_for_torch(spec: ModelSpec, span: Span, dtype: str, device: str, progre
     setattr(body.owner, body.list_name, chain)
     mute(body.owner, chain)
     total, done = loader.nbytes(name for names in plan.values() for name in names), 0
-    fused: dict[int, FusedBlock] = {}
+    fusion = Fusion(spec.family, device) if body.packed else None
     for index, names in plan.items():
         missing = loader.load(names, f"block {index}")
         loader.refuse_missing(name for name in missing if name.startswith(f"{prefix}{index}."))
-        own = fuse(layers[index], spec.family, index, device) if body.packed else None
-        if own is not None:
-            fused[index] = own
-        else:
+        if fusion is None or not fusion.take(layers[index], index):
             pack_linears(layers[index], device)
         done += loader.nbytes(names)
         if progress is not None:
             progress(done, total)
     loader.settle(body.owner)
     blocks = DecoderBlocks(spec, span, dtype, device, body, chain)
-    chain.instead = fused
-    _try_out(blocks, body, fused)
+    if fusion is not None:
+        blocks.fused = fusion.finish(lambda rotating: Angles(body, chain, span, rotating, DTYPES[dtype]))
+    _try_out(blocks, body)
     return blocks
 
 
@@ -281,15 +279,16 @@ def _packed_error(blocks: DecoderBlocks) -> float:
         return math.inf
 
 
-def _try_out(blocks: DecoderBlocks, body: Anatomy, fused: Mapping[int, FusedBlock]) -> None:
+def _try_out(blocks: DecoderBlocks, body: Anatomy) -> None:
     """Refuse blocks that do not compute what their family computes; measure what a cached token costs."""
     lost = left_on_meta(body.owner)
     if lost:
         raise UnsupportedModelError(f"{body.model.config.model_type} models keep {lost[0]} outside of their blocks")
     error = _packed_error(blocks)
-    if fused and not error <= 1:
+    if blocks.fused is not None and not error <= 1:
         log.info("%s runs as transformers has it: blocks of our own give other results", body.model.config.model_type)
-        blocks.dissolve(fused)
+        blocks.fused.dissolve()
+        blocks.fused = None
         error = _packed_error(blocks)
     family = f"{body.model.config.model_type} models cannot be served block by block"
     if not error <= 1:

@@ -4,12 +4,14 @@ from typing import Any
 
 import pytest
 import torch
+from torch import nn
 from transformers import DynamicCache
 
 from llmasos.blocks import fused
-from llmasos.blocks.layers import BlockChunk, load_blocks
+from llmasos.blocks.layers import BlockChunk, DecoderBlocks, load_blocks
 from llmasos.blocks.linear import PackedPart
 from llmasos.blocks.llama_shape import FAMILIES as LLAMA_SHAPED
+from llmasos.blocks.llama_shape import MisfitError
 from llmasos.span import Span
 from tests.blocks.conftest import Session, Split, steps, tokens
 from tests.checkpoints import BLOCKS, FAMILIES, HIDDEN
@@ -25,6 +27,12 @@ def split(request: pytest.FixtureRequest, split_model: Any) -> Split:
 
 def close(given: torch.Tensor, expected: torch.Tensor) -> None:
     torch.testing.assert_close(given, expected, rtol=2e-4, atol=2e-5 * float(expected.abs().max()))
+
+
+def through(blocks: DecoderBlocks, rows: torch.Tensor, *cuts: int) -> torch.Tensor:
+    cache = blocks.new_cache()
+    parts = [blocks.forward([BlockChunk(cache, blocks.span, cache.length, part)])[0] for part in rows.split(cuts)]
+    return torch.cat(parts)
 
 
 @torch.inference_mode()
@@ -100,8 +108,7 @@ def test_cutting_back_and_going_on_equals_never_having_been_there(split: Split) 
 
 def test_llama_shaped_families_run_in_blocks_of_our_own(split: Split) -> None:
     for piece in split.pieces:
-        fused = set(piece.span.blocks()) if split.reference.config.model_type in LLAMA_SHAPED else set()
-        assert set(piece._chain.instead) == fused
+        assert (piece.fused is not None) == (split.reference.config.model_type in LLAMA_SHAPED)
 
 
 def test_a_block_of_our_own_that_computes_something_else_is_not_taken(
@@ -111,11 +118,38 @@ def test_a_block_of_our_own_that_computes_something_else_is_not_taken(
     monkeypatch.setattr(fused, "_rotated", lambda heads, cosines, sines: heads)
     piece = load_blocks(split.spec, Span(1, 4), engine="torch")
     assert piece.packed
-    assert not piece._chain.instead
+    assert piece.fused is None
     rows = torch.randn(9, HIDDEN)
     (given,) = piece.forward([BlockChunk(piece.new_cache(), piece.span, 0, rows)])
     close(given, piece.run_as_family(rows, DynamicCache()))
     assert not any(isinstance(module, PackedPart) for module in piece._chain.modules())
+
+
+def test_all_blocks_are_our_own_or_none(split_model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    split, of = split_model("llama"), fused.shape_of
+    layers = iter(range(10))
+
+    def shape_of(layer: nn.Module, family: str) -> Any:
+        if next(layers) == 2:
+            raise MisfitError("the third of them is another")
+        return of(layer, family)
+
+    monkeypatch.setattr(fused, "shape_of", shape_of)
+    piece = load_blocks(split.spec, Span(0, 5), engine="torch")
+    assert next(layers) == 3  # nobody looked at the others
+    assert piece.packed
+    assert piece.fused is None
+    assert not any(isinstance(module, PackedPart | nn.Linear) for module in piece._chain.modules())
+
+
+def test_a_session_outgrows_the_first_angles(split_model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    split, rows = split_model("gemma3_text"), torch.randn(90, HIDDEN)  # two kinds of angles
+    whole = load_blocks(split.spec, Span(1, 5), engine="torch")
+    expected = through(whole, rows, 4, 4, 82)
+    monkeypatch.setattr("llmasos.blocks.angles._FIRST_POSITIONS", 7)
+    piece = load_blocks(split.spec, Span(1, 5), engine="torch")
+    assert piece.fused is not None
+    torch.testing.assert_close(through(piece, rows, 4, 4, 82), expected, rtol=0, atol=0)
 
 
 def test_which_families_share_a_forward_pass(split: Split) -> None:

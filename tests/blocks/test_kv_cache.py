@@ -7,6 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from llmasos.blocks import kv_cache
 from llmasos.blocks.kv_cache import BlockKV, SessionCache
 from llmasos.blocks.layers import BlockChunk
 from llmasos.errors import UsageError
@@ -95,18 +96,23 @@ def test_zero_tokens_are_legal(split_model: Any) -> None:
     assert blocks.forward([]) == []
 
 
-def test_a_failed_forward_pass_leaves_no_trace(split_model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    blocks = split_model("llama").pieces[0]
+@pytest.mark.parametrize("family", ["llama", "gpt2"])  # in blocks of our own, and in transformers'
+def test_a_failed_forward_pass_leaves_no_trace(family: str, split_model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    blocks = split_model(family).pieces[0]
     cache, clean = blocks.new_cache(), blocks.new_cache()
     rows, more = torch.randn(4, HIDDEN), torch.randn(3, HIDDEN)
     for each in (cache, clean):
         blocks.forward([BlockChunk(each, blocks.span, 0, rows)])
 
-    def fail(*_: object, **__: object) -> None:
-        raise RuntimeError("out of memory")
+    buffers = iter(range(10))
 
-    with monkeypatch.context() as second_block:
-        second_block.setattr(blocks._chain.links[1], "_run", fail)
+    def with_room(buffer: torch.Tensor, *given: object) -> torch.Tensor:
+        if next(buffers) == 2:  # the keys of the second block
+            raise RuntimeError("out of memory")
+        return buffer
+
+    with monkeypatch.context() as full:
+        full.setattr(kv_cache, "_with_room", with_room)
         with pytest.raises(RuntimeError, match="out of memory"):
             blocks.forward([BlockChunk(cache, blocks.span, 4, torch.randn(9, HIDDEN))])
     assert cache.length == 4

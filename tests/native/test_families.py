@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM
 
 from llmasos.blocks.ends import load_ends
 from llmasos.blocks.layers import BlockChunk, DecoderBlocks, load_blocks
-from llmasos.blocks.llama_shape import FAMILIES, MisfitError, shape_of
+from llmasos.blocks.llama_shape import FAMILIES, MisfitError, shape_of, window_of
 from llmasos.blocks.native import loading
 from llmasos.blocks.native.blocks import NativeBlocks
 from llmasos.blocks.native.library import LIBRARY_VARIABLE, VARIANT_VARIABLE
@@ -154,7 +154,7 @@ def test_rounded_weights_stay_close(name: str, kind: str, split_of: Any) -> None
 def test_a_session_outgrows_the_first_angles(split_of: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     split, rows = split_of("gemma3_text"), torch.randn(90, HIDDEN)  # two kinds of angles
     expected = run(split.load_as("native", Span(1, 5)), rows)
-    monkeypatch.setattr("llmasos.blocks.native.angles._FIRST_POSITIONS", 7)
+    monkeypatch.setattr("llmasos.blocks.angles._FIRST_POSITIONS", 7)
     blocks = load_blocks(split.spec, Span(1, 5), engine="native")
     assert torch.equal(run(blocks, rows, 2, 6, 1, 81), expected)
 
@@ -281,5 +281,6 @@ def test_facts_of_a_layer() -> None:
 
 def test_windows_are_read_off_the_masks(split_of: Any) -> None:
     blocks = split_of("gemma3_text").load_as("native", Span(0, 5))
-    assert [blocks._angles.of(index)[1] for index in range(5)] == [9, 9, UNLIMITED, 9, UNLIMITED]
-    assert [blocks._angles.of(index)[0] for index in range(5)] == [0, 0, 1, 0, 1]
+    patterns, tables = blocks._angles.patterns, blocks._angles.table_of
+    assert [window_of(patterns[index]) for index in range(5)] == [9, 9, UNLIMITED, 9, UNLIMITED]
+    assert [tables[index] for index in range(5)] == [0, 0, 1, 0, 1]

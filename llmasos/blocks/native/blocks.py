@@ -8,10 +8,10 @@ import torch
 from numpy.typing import NDArray
 
 from llmasos.blocks.anatomy import Anatomy
+from llmasos.blocks.angles import Angles
 from llmasos.blocks.chain import Chain
 from llmasos.blocks.kv_cache import SessionCache
 from llmasos.blocks.layers import BlockChunk, DecoderBlocks, WireChunk
-from llmasos.blocks.native.angles import Angles
 from llmasos.blocks.native.stack import Cache, Stack
 from llmasos.blocks.registry import ModelSpec
 from llmasos.blocks.tensors import from_floats, to_floats
@@ -116,9 +116,16 @@ class NativeBlocks(DecoderBlocks):
     ) -> None:
         """Run the rows of all chunks, (tokens, hidden), through `span` in place."""
         placed = [(_pages(chunk.cache), chunk.position, chunk.hidden.shape[0]) for chunk in chunks]
-        self._angles.cover(max(position + tokens for _, position, tokens in placed))
+        if self._angles.cover(max(position + tokens for _, position, tokens in placed)):
+            set_rotary(self._stack, self._angles)
         first = span.start - self.span.start
         self._stack.forward(first, first + len(span), placed, rows)
+
+
+def set_rotary(stack: Stack, angles: Angles) -> None:
+    """Give the stack its rotary tables, or longer ones."""
+    for table, (cosines, sines) in enumerate(angles.tables):
+        stack.set_rotary(table, cosines.numpy(), sines.numpy())
 
 
 def _pages(cache: SessionCache) -> Cache:

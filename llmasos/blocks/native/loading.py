@@ -12,12 +12,12 @@ import torch
 from transformers import DynamicCache
 
 from llmasos.blocks.anatomy import MISFITS, Anatomy, dissect
+from llmasos.blocks.angles import Angles
 from llmasos.blocks.chain import Chain, mute
 from llmasos.blocks.layers import DecoderBlocks
-from llmasos.blocks.llama_shape import MisfitError, shape_of
+from llmasos.blocks.llama_shape import MisfitError, shape_of, window_of
 from llmasos.blocks.loading import Loader, Progress, left_on_meta
-from llmasos.blocks.native.angles import Angles
-from llmasos.blocks.native.blocks import NativeBlocks
+from llmasos.blocks.native.blocks import NativeBlocks, set_rotary
 from llmasos.blocks.native.library import available, library, why_not
 from llmasos.blocks.native.packing import packed
 from llmasos.blocks.native.stack import KINDS, PAGE_TOKENS, Stack
@@ -56,16 +56,20 @@ def load_natively(
         raise MisfitError(f"{spec.family} models keep {lost[0]} outside of their blocks")
     # 2. What differs from block to block and is not in the weights.
     stack = Stack(geometries.pop(), torch.get_num_threads())
-    angles = Angles(body, chain, span, stack, [index for index, shape in shapes.items() if shape.rotates])
+    rotating = [index for index, shape in shapes.items() if shape.rotates]
+    angles = Angles(body, chain, span, rotating, torch.float32)
+    set_rotary(stack, angles)
+    windows = {index: window_of(pattern) for index, pattern in angles.patterns.items()}
     # 3. Block by block: read, pack, compare, drop.
     total, done = loader.nbytes(name for names in plan.values() for name in names), 0
     seen = set()
     for index, names in plan.items():
         missing = loader.load(names, f"block {index}")
         loader.refuse_missing(name for name in missing if name.startswith(f"{prefix}{index}."))
-        stack.add(packed(layers[index], shapes[index], kind, *angles.of(index)))
+        sees = angles.table_of.get(index), windows[index]
+        stack.add(packed(layers[index], shapes[index], kind, *sees))
         alone = DecoderBlocks(spec, Span(index, index + 1), "float32", device, body, chain)
-        sort = (shapes[index], angles.of(index))
+        sort = (shapes[index], sees)
         short = sort in seen or stack.positions < _LONG_CUTS[-1]
         try:
             error = deviation(alone, stack, index - span.start, _CUTS if short else _LONG_CUTS)
