@@ -131,7 +131,7 @@ class PeerConfig:
     """Room for cached tokens; None takes a quarter of the free memory, at most `MAX_AUTO_KV_TOKENS`."""
     max_batch_tokens: int = 256
     """Rows of one forward pass: a prompt runs at the speed of matrix products. With a session that decodes in it a pass
-    has fewer, as many as `PROMPT_STRETCH` allows at the measured speed."""
+    has fewer, as many as `PROMPT_STRETCH` allows at the speed of late."""
     drain_timeout_s: float = 30.0
     metrics_port: int | None = None
     """Where Prometheus may look; None shows nothing."""

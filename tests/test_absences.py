@@ -35,10 +35,20 @@ def test_who_is_away_for_too_long_is_not_waited_for_even_at_the_end_of_it() -> N
     assert absences.wait_s(5.09, within_s=0.02, away_s=0.100) == pytest.approx(0.06)
 
 
-def test_nobody_waits_for_strangers_for_who_is_here_or_for_who_is_gone() -> None:
+def test_who_is_away_for_the_first_time_is_waited_for_once() -> None:
+    absences = away(since=5.0)
+    assert absences.wait_s(5.004, within_s=0.02) == pytest.approx(0.016)
+    assert absences.wait_s(5.004, within_s=0.02, away_s=0.02) == 0, "by no pass over tokens"
+    absences.returns("a", 5.1)
+    absences.leaves("a", 5.2)
+    assert absences.wait_s(5.2, within_s=0.02) == 0, "it takes too long, as is known now"
+
+
+def test_nobody_waits_for_who_is_here_or_for_who_is_gone() -> None:
     absences = away(since=5.0)
     absences.returns("b", 5.0)
-    assert absences.wait_s(5.0, within_s=1.0) == 0, "nothing is known of how long"
+    absences.forget("a")
+    assert absences.wait_s(5.0, within_s=1.0) == 0, "who has never left is here"
     absences = away(0.010, since=5.0)
     absences.returns("a", 5.002)
     assert absences.wait_s(5.002, within_s=1.0) == 0

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 import pytest
 
+from llmasos.config import PROMPT_STRETCH
 from llmasos.peer.engine import GATHER, Engine
 from llmasos.peer.runner import Fault, Speed
 from llmasos.peer.scheduler import Scheduler
@@ -93,7 +94,7 @@ def test_who_decodes_in_other_passes_is_waited_for_if_that_is_shorter_than_a_pas
         loop = asyncio.get_running_loop()
         runner = SimRunner(SPAN, Speed(first_row_s=PASS_S / len(SPAN), row_s=1e-9))
         engine = Engine(runner, Scheduler(10_000, 64), loop.time)
-        engine.alone_s = PASS_S
+        engine.expect(PASS_S, 1e-9)
         serving = asyncio.create_task(engine.serve())
         waits: list[float] = []
 
@@ -124,14 +125,14 @@ def test_who_decodes_in_other_passes_is_waited_for_if_that_is_shorter_than_a_pas
 @pytest.mark.parametrize(("away_s", "waits"), [(0.002, True), (0.1, False)])
 def test_a_prompt_lets_those_pass_first_who_are_about_to_return(away_s: float, waits: bool) -> None:
     """Who is away for a moment shall not find a pass over a prompt begun; who is away for long holds up no prompt."""
-    row_s = 0.0001
+    row_s = (PROMPT_STRETCH - 1) * PASS_S / 100
 
     async def main() -> tuple[list[float], float]:
         loop = asyncio.get_running_loop()
         runner = SimRunner(SPAN, Speed(first_row_s=PASS_S / len(SPAN), row_s=row_s / len(SPAN)))
         scheduler = Scheduler(10_000, 256)
-        scheduler.prompt_rows = 100
         engine = Engine(runner, scheduler, loop.time)
+        engine.expect(PASS_S, row_s)
         serving = asyncio.create_task(engine.serve())
         scheduler.admit("text", 100)
         scheduler.admit("prompt", 2000)
@@ -171,7 +172,7 @@ def test_who_leaves_while_a_pass_waits_for_others_is_not_in_it() -> None:
         loop = asyncio.get_running_loop()
         runner = SimRunner(SPAN, Speed(first_row_s=PASS_S / len(SPAN), row_s=1e-9))
         engine = Engine(runner, Scheduler(10_000, 64), loop.time)
-        engine.alone_s = PASS_S
+        engine.expect(PASS_S, 1e-9)
         serving = asyncio.create_task(engine.serve())
 
         async def step(name: str, number: int) -> None:

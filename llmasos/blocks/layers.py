@@ -118,6 +118,9 @@ class DecoderBlocks:
         ]
         return [from_torch(rows) for rows in self.forward(given)]
 
+    def prepare(self) -> None:
+        """Do for passes to come what need not be done within them. Called while nobody waits for one."""
+
     def _check(self, chunks: Sequence[BlockChunk] | Sequence[WireChunk]) -> None:
         for chunk in chunks:
             self._check_one(chunk)

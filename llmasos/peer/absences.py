@@ -48,14 +48,18 @@ class Absences:
 
     def wait_s(self, now: float, within_s: float, *, away_s: float = math.inf) -> float:
         """How long to wait until all are back, or late, that are usually back within that time and are never away for
-        much longer than `away_s`; 0: for nobody.
+        much longer than `away_s`; 0: for nobody. Who is away for the first time is waited for once, for that long:
+        nothing else can tell how long it is away for if nobody is in its way.
         """
         ends = [
-            absence.since + LATE * absence.usual_s
+            absence.since + (within_s if absence.usual_s is None else LATE * absence.usual_s)
             for absence in self._of.values()
-            if absence.since is not None
-            and absence.usual_s is not None
-            and absence.usual_s <= away_s
-            and absence.since + absence.usual_s - now <= within_s
+            if absence.since is not None and _is_due(absence, now, within_s, away_s)
         ]
         return max(max(ends, default=now) - now, 0.0)
+
+
+def _is_due(absence: _Absence, now: float, within_s: float, away_s: float) -> bool:
+    if absence.usual_s is None:
+        return away_s == math.inf
+    return absence.usual_s <= away_s and absence.since + absence.usual_s - now <= within_s

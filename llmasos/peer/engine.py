@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from llmasos.config import PREFIX_PAGE_TOKENS
 from llmasos.history import History
 from llmasos.peer.absences import Absences
+from llmasos.peer.pace import Pace
 from llmasos.peer.prefixes import Prefix, Prefixes
 from llmasos.peer.runner import Chunk, Fault, Runner
 from llmasos.peer.scheduler import Scheduler, Slice
@@ -62,12 +63,16 @@ class Engine:
         self._pending: dict[tuple[str, int], _Pending] = {}
         self._running: set[str] = set()
         self._leaving: set[str] = set()
-        self.alone_s = 0.0
-        """What a pass of one row takes: reading every weight once."""
+        self._pace: Pace | None = None
         self._absences = Absences()
         self._decode_pass_s = 0.0  # how long the last pass without a prompt took
         self._prompt_pass_s = 0.0  # how long the last pass with a prompt took
         self._wake = asyncio.Event()
+
+    def expect(self, alone_s: float, row_s: float) -> None:
+        """What passes were measured to take: one of one row, and each further row."""
+        self._pace = Pace(alone_s, row_s, self.scheduler.max_batch_tokens)
+        self.scheduler.prompt_rows = self._pace.rows
 
     def submit(self, session: str, span: Span, step: int, position: int, hidden: Tensor, done: Done) -> None:
         """Queue a step of an admitted session; `done` is called with its rows, or with why there are none, and with
@@ -145,6 +150,9 @@ class Engine:
             else:
                 self._prompt_pass_s = pass_s
             self._watcher.ran(tokens, pass_s)
+            if self._pace is not None:
+                self._pace.ran(tokens, pass_s)
+                self.scheduler.prompt_rows = self._pace.rows
             self.scheduler.finish(batch)
             self._running = set()
             for piece, result in zip(batch, results, strict=True):
@@ -170,7 +178,8 @@ class Engine:
         once more if it does not wait: who is away for no longer than that takes costs less than a pass of their own.
         """
         if decoding:
-            return self._absences.wait_s(self._clock(), self.alone_s, away_s=self.alone_s)
+            alone_s = self._pace.alone_s if self._pace is not None else 0.0
+            return self._absences.wait_s(self._clock(), alone_s, away_s=alone_s)
         return self._absences.wait_s(self._clock(), WORTH_WAITING * self._prompt_pass_s)
 
     async def _somebody_returned(self, wait_s: float) -> bool:

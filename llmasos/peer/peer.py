@@ -7,13 +7,13 @@ from types import TracebackType
 from typing import Self
 
 from llmasos import __version__
-from llmasos.config import MOVE_DRAIN_S, PROMPT_STRETCH, URGENT_DRAIN_S, PeerConfig
+from llmasos.config import MOVE_DRAIN_S, URGENT_DRAIN_S, PeerConfig
 from llmasos.network import Network
 from llmasos.peer.announce import Announcer
 from llmasos.peer.engine import Engine
 from llmasos.peer.handler import Handler, Served
 from llmasos.peer.runner import Runner, Speed
-from llmasos.peer.scheduler import DECODE_ROWS, Scheduler
+from llmasos.peer.scheduler import Scheduler
 from llmasos.peer.watcher import Watcher
 from llmasos.routing.records import PeerRecord, PeerState
 from llmasos.span import Span
@@ -56,8 +56,8 @@ class Peer:
         """Measure, serve, announce. The peer is ready when this returns."""
         self._failed = asyncio.get_running_loop().create_future()
         self.speed = await self.runner.measure()
-        self.engine.scheduler.prompt_rows = self._prompt_rows()
-        self.engine.alone_s = self.speed.first_row_s * len(self.runner.span)
+        blocks = len(self.runner.span)
+        self.engine.expect(self.speed.first_row_s * blocks, self.speed.row_s * blocks)
         self._start(self.engine.serve(), "engine")
         self.network.serve(PROTOCOL, self.handler)
         await self.announcer.announce(PeerState.ONLINE)
@@ -125,11 +125,6 @@ class Peer:
             kv_free_tokens=scheduler.kv_free_tokens,
             kv_total_tokens=scheduler.kv_tokens,
         )
-
-    def _prompt_rows(self) -> int:
-        """So many rows of prompts that a pass takes `PROMPT_STRETCH` times as long as for a token alone."""
-        rows = int((PROMPT_STRETCH - 1) * self.speed.first_row_s / self.speed.row_s)
-        return min(max(rows, DECODE_ROWS), self.engine.scheduler.max_batch_tokens)
 
     def _start(self, work: Coroutine[None, None, None], name: str) -> None:
         task = asyncio.create_task(work, name=name)

@@ -62,7 +62,10 @@ class TorchRunner:
 
     async def run(self, chunks: Sequence[Chunk]) -> list[Tensor | Fault]:
         """See `Runner.run`."""
-        return await asyncio.get_running_loop().run_in_executor(self._thread, self._run, chunks)
+        results = self._thread.submit(self._run, chunks)
+        answer = asyncio.wrap_future(results)
+        results.add_done_callback(self._prepare)  # on the compute thread, behind what wakes the loop
+        return await answer
 
     async def measure(self) -> Speed:
         """See `Runner.measure`."""
@@ -84,11 +87,14 @@ class TorchRunner:
     # --- on the compute thread -------------------------------------------------------------------------------------
 
     def _run(self, chunks: Sequence[Chunk]) -> list[Tensor | Fault]:
-        prepared = [self._prepare(chunk) for chunk in chunks]
+        prepared = [self._checked(chunk) for chunk in chunks]
         outputs = iter(self._forward([chunk for chunk in prepared if isinstance(chunk, WireChunk)]))
         return [next(outputs) if isinstance(chunk, WireChunk) else chunk for chunk in prepared]
 
-    def _prepare(self, chunk: Chunk) -> WireChunk | Fault:
+    def _prepare(self, _: object) -> None:
+        self._blocks.prepare()
+
+    def _checked(self, chunk: Chunk) -> WireChunk | Fault:
         """Check a chunk, and bring its cache to where it begins."""
         cache = self._caches.get(chunk.session)
         if cache is None:

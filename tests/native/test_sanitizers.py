@@ -31,6 +31,7 @@ for recipe in recipes:
         for chunks in ([(a, 0, 70), (b, 0, 1)], [(b, 1, 3), (a, 70, 1)], [(a, 71, 1)], [(a, 72, 14)]):
             rows = rows_of(sum(chunk[2] for chunk in chunks), hidden)
             stack.forward(0, 2, chunks, rows)
+            stack.prepare()
             assert np.isfinite(rows).all()
         a.truncate(65)
         stack.forward(0, 1, [(a, 65, 2)], rows_of(2, hidden))

@@ -221,13 +221,15 @@ def test_a_cache_may_outlive_whoever_made_it() -> None:
     assert cache.nbytes == 0
 
 
-def test_memory_goes_back_to_the_system() -> None:
-    def resident() -> int:
-        fields = Path("/proc/self/status").read_text().split("VmRSS:")[1].split()
-        return int(fields[0]) * 1024
-
-    weight = np.ones((2048, 3072), np.float32)  # 24 MiB
+def resident() -> int:
+    """Bytes of this process that are in memory."""
     gc.collect()
+    fields = Path("/proc/self/status").read_text().split("VmRSS:")[1].split()
+    return int(fields[0]) * 1024
+
+
+def test_memory_goes_back_to_the_system() -> None:
+    weight = np.ones((2048, 3072), np.float32)  # 24 MiB
     before = resident()
     matrices = [Matrix("float32", weight) for _ in range(4)]
     held = resident() - before
@@ -235,3 +237,38 @@ def test_memory_goes_back_to_the_system() -> None:
     kept = resident() - before
     assert held > 3.9 * weight.nbytes
     assert kept < 0.5 * weight.nbytes
+
+
+PAGE_BYTES = 512 << 10
+"""Of kv, in both layers of this: 64 positions of 8 heads."""
+WIDE = Recipe(Geometry(16, 8, 8, 64, 16), rotary_width=64)
+
+
+def test_memory_for_kv_is_found_before_it_is_needed() -> None:
+    stack = WIDE.stack()
+    cache = stack.new_cache()
+    for position in range(0, 128, 64):
+        stack.forward(0, 2, [(cache, position, 64)], rows_of(64, 16))
+    for _ in range(20):
+        stack.prepare()
+    before = resident()
+    for _ in range(20):
+        stack.prepare()
+    assert resident() - before < PAGE_BYTES, "enough is enough"
+    for position in range(128, 384, 64):
+        stack.forward(0, 2, [(cache, position, 64)], rows_of(64, 16))
+    assert cache.nbytes == 6 * PAGE_BYTES
+    assert resident() - before < 2 * PAGE_BYTES, "four pages were there"
+
+
+def test_of_the_kv_of_the_last_session_only_the_beginning_is_kept() -> None:
+    stack, before = WIDE.stack(), resident()
+    caches = [stack.new_cache() for _ in range(24)]
+    for _ in range(2):
+        for cache in caches:
+            stack.forward(0, 2, [(cache, 0, 384)], rows_of(384, 16))
+            stack.prepare()
+        assert resident() - before > 140 * PAGE_BYTES
+        for cache in caches:
+            cache.truncate(0)
+        assert resident() - before < 80 * PAGE_BYTES, "a region in which weights lie too, and the beginning of the last"

@@ -102,6 +102,10 @@ class NativeBlocks(DecoderBlocks):
             for chunk, end in zip(chunks, ends, strict=True)
         ]
 
+    def prepare(self) -> None:
+        """Have memory ready for kv to come."""
+        self._stack.prepare()
+
     def _run_packed(self, span: Span, chunks: list[BlockChunk]) -> list[torch.Tensor]:
         """All chunks in one forward pass."""
         rows = torch.cat([chunk.hidden.to(torch.float32) for chunk in chunks])  # (rows, hidden), memory of its own

@@ -63,6 +63,7 @@ class ChunkStruct(ctypes.Structure):
 _FUNCTIONS: dict[str, tuple[Any, list[Any]]] = {
     "digest": (ctypes.c_char_p, []),
     "variant": (ctypes.c_char_p, [INT]),
+    "prepare": (None, []),
     "matrix_new": (POINTER, [INT, INT, INT, POINTER, POINTER]),
     "matrix_unpack": (None, [POINTER, POINTER]),
     "matrix_bytes": (LONG, [POINTER]),

@@ -227,6 +227,10 @@ class Stack:
         if layer.window < 1 or (layer.rotary is not None and layer.rotary not in self._tables):
             raise ValueError(f"a window of {layer.window}, rotary table {layer.rotary}")
 
+    def prepare(self) -> None:
+        """Have the system find some of the memory that caches take next, as long as nobody waits for a pass."""
+        self.call["prepare"]()
+
     def set_rotary(self, table: int, cosines: Array, sines: Array) -> None:
         """Angles of the positions from 0 on, (positions, width) each; replaces a table of the same width."""
         cosines, sines = (np.ascontiguousarray(angles, np.float32) for angles in (cosines, sines))

@@ -3,6 +3,7 @@
 #include <exception>
 
 #include "head.h"
+#include "memory.h"
 #include "stack.h"
 
 #define API extern "C" __attribute__((visibility("default")))
@@ -53,6 +54,9 @@ API const char* llmasos_variant(int index) {
     const Kernels* found = index >= 0 && index < VARIANTS ? variant(index) : nullptr;
     return found ? found->name : nullptr;
 }
+
+// For passes to come, while nobody waits for one.
+API void llmasos_prepare() { llmasos::prepare(); }
 
 API Matrix* llmasos_matrix_new(int kind, int outputs, int inputs, const float* weight, const float* bias) {
     Matrix* matrix = nullptr;

@@ -1,5 +1,6 @@
 #include "memory.h"
 
+#include <algorithm>
 #include <cstdint>
 #include <cstdlib>
 #include <cstring>
@@ -21,10 +22,12 @@ constexpr size_t REGION = 0;  // every block a region of its own, so that the sa
 #else
 constexpr size_t REGION = size_t{32} << 20;
 #endif
+constexpr size_t AHEAD = 2 * HUGE_PAGE;  // so much is kept ready
 
 struct Region {
     uint8_t* base;
     size_t size, used, live;  // bytes, bytes given out once, blocks that are not released
+    size_t touched;           // bytes that the system has found memory for, if `prepare` was first
 };
 
 // In front of every block; as long as ALIGNMENT.
@@ -35,7 +38,8 @@ struct alignas(ALIGNMENT) Header {
 };
 
 std::mutex mutex;
-Region* current = nullptr;          // the one that new blocks are cut from
+Region* current = nullptr;         // the one that new blocks are cut from
+Region* following = nullptr;       // the one after it, where that has been prepared
 std::map<size_t, Header*> unused;  // released blocks of regions that still live, by size
 
 #if defined(__linux__) && !defined(__SANITIZE_ADDRESS__)
@@ -55,6 +59,9 @@ void* map(size_t bytes) {
     return base;
 }
 void unmap(void* base, size_t bytes) { munmap(base, bytes); }
+// Advice, both: a kernel that does not take it finds memory when it is written to, and keeps what it has found.
+void touch(void* base, size_t bytes) { madvise(base, bytes, MADV_POPULATE_WRITE); }
+void empty(void* base, size_t bytes) { madvise(base, bytes, MADV_DONTNEED); }
 #else
 void* map(size_t bytes) {
     void* base = nullptr;
@@ -62,11 +69,13 @@ void* map(size_t bytes) {
     return base;
 }
 void unmap(void* base, size_t) { std::free(base); }
+void touch(void*, size_t) {}
+void empty(void*, size_t) {}
 #endif
 
 Region* make_region(size_t bytes) {
     const size_t rounded = (bytes + SMALL_PAGE - 1) / SMALL_PAGE * SMALL_PAGE;
-    return new Region{static_cast<uint8_t*>(map(rounded)), rounded, 0, 0};
+    return new Region{static_cast<uint8_t*>(map(rounded)), rounded, 0, 0, 0};
 }
 
 Header* cut(Region* region, size_t bytes) {
@@ -82,18 +91,25 @@ Header* find(size_t bytes) {
         return header;
     }
     if (bytes > REGION / 4) return cut(make_region(bytes), bytes);
-    if (!current || current->size - current->used < bytes) current = make_region(REGION);
+    if (!current || current->size - current->used < bytes) {
+        current = following ? following : make_region(REGION);
+        following = nullptr;
+    }
     return cut(current, bytes);
 }
 
 void give_back(Region* region) {
-    if (region == current) current = nullptr;
     for (auto& [bytes, first] : unused)
         for (Header** link = &first; *link;)
             if ((*link)->region == region)
                 *link = (*link)->next;
             else
                 link = &(*link)->next;
+    if (region == current && REGION) {  // the next text begins where this one did
+        region->used = 0;
+        region->touched = std::min(region->touched, AHEAD);
+        return empty(region->base + AHEAD, region->size - AHEAD);
+    }
     unmap(region->base, region->size);
     delete region;
 }
@@ -120,6 +136,32 @@ void release(void* memory) noexcept {
     Header*& first = unused[header->bytes];
     header->next = first;
     first = header;
+}
+
+void prepare() noexcept {
+    Region* region;
+    size_t from, to;
+    {
+        std::lock_guard<std::mutex> lock(mutex);
+        if (!current) return;
+        region = current;
+        if (region->size - region->used < AHEAD) {
+            if (!following) try {
+                following = make_region(REGION);
+            } catch (const std::bad_alloc&) {
+                return;  // whoever needs it will say so
+            }
+            region = following;
+        }
+        from = std::max(region->touched, (region->used + SMALL_PAGE - 1) / SMALL_PAGE * SMALL_PAGE);
+        to = from / HUGE_PAGE * HUGE_PAGE + HUGE_PAGE;  // one page, or what is left of one that has been begun
+        if (from >= region->used + AHEAD || to > region->size) return;
+        region->touched = to;
+        region->live++;  // it stays while it is touched
+    }
+    touch(region->base + from, to - from);
+    std::lock_guard<std::mutex> lock(mutex);
+    if (--region->live == 0 && region != following) give_back(region);
 }
 
 }  // namespace llmasos
