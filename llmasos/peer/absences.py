@@ -51,15 +51,15 @@ class Absences:
         much longer than `away_s`; 0: for nobody. Who is away for the first time is waited for once, for that long:
         nothing else can tell how long it is away for if nobody is in its way.
         """
-        ends = [
-            absence.since + (within_s if absence.usual_s is None else LATE * absence.usual_s)
-            for absence in self._of.values()
-            if absence.since is not None and _is_due(absence, now, within_s, away_s)
-        ]
+        ends = [_end(absence, now, within_s, away_s) for absence in self._of.values()]
         return max(max(ends, default=now) - now, 0.0)
 
 
-def _is_due(absence: _Absence, now: float, within_s: float, away_s: float) -> bool:
-    if absence.usual_s is None:
-        return away_s == math.inf
-    return absence.usual_s <= away_s and absence.since + absence.usual_s - now <= within_s
+def _end(absence: _Absence, now: float, within_s: float, away_s: float) -> float:
+    """Until when to wait for one of them; `now` or before: not at all."""
+    since, usual_s = absence.since, absence.usual_s
+    if since is None:
+        return now
+    if usual_s is None:
+        return since + within_s if away_s == math.inf else now
+    return since + LATE * usual_s if usual_s <= away_s and since + usual_s - now <= within_s else now
