@@ -63,14 +63,16 @@ format: install  ## Format the code and apply the safe fixes
 	$(VENV)/bin/ruff check --fix $(SOURCES)
 	$(VENV)/bin/ruff format $(SOURCES)
 
-bench: install  ## Print the measured ratios (minutes; run nothing beside it)
-	$(PY) benchmarks/decode.py
+bench: install  ## Print the measured ratios (half an hour; run nothing beside it)
+	$(PY) -m benchmarks.decode --all --rounds 3
 	$(PY) -m benchmarks.prompts
-	$(PY) benchmarks/hop.py
-	$(PY) benchmarks/native.py
-	$(PY) benchmarks/quality.py
-	$(PY) benchmarks/footprint.py
-	$(PY) benchmarks/failover.py
+	$(PY) -m benchmarks.links --rounds 2
+	$(PY) -m benchmarks.gateway --rounds 3
+	$(PY) -m benchmarks.hop
+	$(PY) -m benchmarks.native
+	$(PY) -m benchmarks.quality
+	$(PY) -m benchmarks.footprint
+	$(PY) -m benchmarks.failover
 
 clean:  ## Remove what was built
 	rm -rf $(VENV) build dist *.egg-info llmasos/blocks/native/_kernels.so .mypy_cache .ruff_cache .pytest_cache .hypothesis

@@ -1,6 +1,6 @@
 """Decoding speed as ratios in one run: transformers alone; one text, and sixteen, through one peer and three.
 
-    python benchmarks/decode.py [--rounds 5] [--prompt-tokens 64] [--new-tokens 128] [--all]
+    python -m benchmarks.decode [--rounds 5] [--prompt-tokens 64] [--new-tokens 128] [--all]
 
 Every contestant is a process of its own that lives through the whole run; they take turns, so that a machine whose
 speed drifts drifts for all of them. Absolute numbers repeat within a factor of two here; the ratios hold. The prompt is

@@ -1,6 +1,6 @@
 """What a generation feels of a fault: how long it stalls, what is replayed, and whether the text is the same.
 
-    python benchmarks/failover.py [--rounds 3] [--prompt-tokens 150] [--at 200] [--new-tokens 80]
+    python -m benchmarks.failover [--rounds 3] [--prompt-tokens 150] [--at 200] [--new-tokens 80]
 
 A real swarm of processes on this machine: one peer for the first half of smollm2, two for the second. In the middle of
 a generation, when its session holds `--at` tokens, the peer of the second half that it uses is killed (SIGKILL), frozen

@@ -1,6 +1,6 @@
 """What a peer takes of the machine: memory beside its weights, and the time until it serves.
 
-    python benchmarks/footprint.py [--rounds 3]
+    python -m benchmarks.footprint [--rounds 3]
 
 Memory is the resident size of `python -m llmasos.peer --blocks 0:10` once it has computed a prompt, less its weights
 and its kv. The start is compared with what `python -c "import torch, transformers"` takes, in turns, the disk warm.

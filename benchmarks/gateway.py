@@ -1,6 +1,6 @@
 """What a gateway's users get together, against one of them alone.
 
-    python benchmarks/gateway.py [--rounds 5] [--clients 8] [--new-tokens 96]
+    python -m benchmarks.gateway [--rounds 5] [--clients 8] [--new-tokens 96]
 
 Two swarms of processes on this machine, of one peer and of three, each behind its own `llmasos gateway`. Every client
 is an HTTP client of its own; each asks for another text. One of them alone and all at once take turns. The tokens/s of

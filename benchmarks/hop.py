@@ -1,6 +1,6 @@
 """What a hop costs beyond its compute, over real libp2p on loopback: a chain of peers whose blocks take no time.
 
-    python benchmarks/hop.py [--rounds 400] [--hidden 576]
+    python -m benchmarks.hop [--rounds 400] [--hidden 576]
 
 The runner here returns its input at once. What is left is ours: frames, scheduling, the way through the daemons. The
 yardstick is a bare echo of the same bytes over a raw stream, in turns with the chains.

@@ -1,7 +1,7 @@
 """What links of 50 ms cost, and what pipelining and guessing save of it, as ratios in one run.
 
-    python benchmarks/links.py [--latency 50ms] [--rounds 3] [--new-tokens 48] [--prompt-tokens 2000]
-    python benchmarks/links.py --codecs [--bandwidth 10mbit] [--latency 50ms] [--rounds 3] [--prompt-tokens 2000]
+    python -m benchmarks.links [--latency 50ms] [--rounds 3] [--new-tokens 48] [--prompt-tokens 2000]
+    python -m benchmarks.links --codecs [--bandwidth 10mbit] [--latency 50ms] [--rounds 3] [--prompt-tokens 2000]
 
 Decoding: smollm2 in float32 on three peers, each a process of its own, once as they are and once with that latency
 (one way) on every link (`sim/links.py`). A token crosses four links, so there can be no more than 1 / (4 x latency +

@@ -1,7 +1,7 @@
 """Blocks on the compiled kernels against blocks on torch, and against what the memory of this machine allows.
 
-    python benchmarks/native.py                   # smollm2, some minutes
-    python benchmarks/native.py --rounds 9 --threads 1
+    python -m benchmarks.native                   # smollm2, some minutes
+    python -m benchmarks.native --rounds 9 --threads 1
 
 Everything is measured in turns in one process, so that what else the machine does hits all alike; ratios are medians
 over the rounds. Absolute numbers drift. The memory limit is the time to read all weights once, at the bandwidth that

@@ -1,6 +1,6 @@
 """What smaller numbers cost in quality: perplexity of a text, and how far its distributions are from float32's.
 
-    python benchmarks/quality.py [--model smollm2]
+    python -m benchmarks.quality [--model smollm2]
 
 One fixed text goes through all blocks in each kind of numbers; the ends stay in float32. KL is the mean over the
 positions of KL(float32 || kind), in nats; `same` is how often both would choose the same next token. Then the same for

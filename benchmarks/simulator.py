@@ -1,7 +1,7 @@
 """How fast the simulator is, and how that grows with the swarm. One process, one core.
 
-python benchmarks/simulator.py                      # 100 to 3,000 peers, 10 virtual minutes each
-python benchmarks/simulator.py --peers 1000         # the size that is promised: 3 minutes, 2 GiB
+python -m benchmarks.simulator                      # 100 to 3,000 peers, 10 virtual minutes each
+python -m benchmarks.simulator --peers 1000         # the size that is promised: 3 minutes, 2 GiB
 """
 
 import argparse

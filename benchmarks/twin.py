@@ -1,6 +1,6 @@
 """A real swarm and its simulated twin, calibrated on the spot: by how much the simulator is wrong on this machine.
 
-    python benchmarks/twin.py [--rounds 3] [--clients 1 2] [--prompt-tokens 64] [--new-tokens 24]
+    python -m benchmarks.twin [--rounds 3] [--clients 1 2] [--prompt-tokens 64] [--new-tokens 24]
 
 Three peers, each a process of its own with one thread, hold the 30 blocks of smollm2 between them. In each round the
 workload runs on them; just before and just after, the cost of a pass is measured, and before it the way of a frame
