@@ -255,7 +255,7 @@ def _load_for_torch(spec: ModelSpec, span: Span, dtype: str, device: str, progre
     setattr(body.owner, body.list_name, chain)
     mute(body.owner, chain)
     total, done = loader.nbytes(name for names in plan.values() for name in names), 0
-    fusion = Fusion(spec.family, device) if body.packed else None
+    fusion = Fusion(spec.family, device) if body.packed and torch.device(device).type == "cpu" else None
     for index, names in plan.items():
         missing = loader.load(names, f"block {index}")
         loader.refuse_missing(name for name in missing if name.startswith(f"{prefix}{index}."))
