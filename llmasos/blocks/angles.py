@@ -80,7 +80,7 @@ class Angles:
         for index in self._span.blocks():
             layer = self._chain.get_submodule(str(index))
             self._chain.links[index] = _NoteTaker(layer, notes.append, index == self._span.end - 1)  # type: ignore[call-overload]
-        hidden = torch.zeros(1, positions, self._body.model.config.hidden_size, dtype=self._dtype)
+        hidden = torch.zeros(1, positions, 1, dtype=self._dtype)  # of no width: 100,000 whole rows would be gigabytes
         self._chain.feed(hidden, self._span)
         try:
             with PackedCache(PackedStep([])) as cache:
