@@ -19,7 +19,7 @@ from sim.simulation import simulate
 from sim.tenths import Tenths
 
 COMPARE_EXAMPLE = "  python -m sim compare stragglers --seed 7 --plot stragglers.png"
-HUNT_EXAMPLE = "  python -m sim hunt --scenario churn --seeds 1000 --peers 12 --duration 60"
+HUNT_EXAMPLE = "  python -m sim hunt churn --seeds 1000 --peers 12 --duration 60"
 RUN_EXAMPLE = """  python -m sim run churn --peers 100 --seed 7
   python -m sim run sim/scenarios/liars.toml --json > report.json"""
 CALIBRATE_EXAMPLE = "  python -m sim calibrate --model smollm2 --blocks 0:10"
@@ -164,7 +164,9 @@ def build_parser() -> ArgumentParser:
     command.add_argument("--json", action="store_true", help="a report a policy, as one JSON array on stdout")
     command.add_argument("--plot", type=Path, metavar="FILE", help="draw bars: FILE.png or FILE.svg")
     command = subcommand(commands, "hunt", "Many seeds in parallel, until one fails.", HUNT_EXAMPLE)
-    command.add_argument("--scenario", default="storm", help="a name or a .toml file (default: %(default)s)")
+    command.add_argument(
+        "scenario", nargs="?", default="storm", metavar="SCENARIO", help="a name or a .toml file (default: %(default)s)"
+    )
     _add_size(command)
     command.add_argument("--seeds", type=whole(1), default=100, help="how many (default: %(default)s)")
     command.add_argument("--first", type=whole(0), default=0, help="the first of them (default: %(default)s)")

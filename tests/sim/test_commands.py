@@ -116,7 +116,7 @@ def test_a_violation_ends_with_the_replay_command(tmp_path: Path) -> None:
         (["run", "nonsense"], "there is no scenario"),
         (["run", "steady", "--plot", "x.gif"], "cannot plot"),
         (["run", "steady", "--peers", "1"], "do not cover"),
-        (["hunt", "--scenario", "nonsense"], "there is no scenario"),
+        (["hunt", "nonsense"], "there is no scenario"),
         (["compare", "nonsense"], "there is no scenario"),
         (["local", "--latency", "5"], "'5' is no latency"),
         (["local", "--link", "peer1=5ms"], "which two are linked"),
