@@ -55,6 +55,17 @@ def test_prompts_keep_a_pass_short_while_somebody_decodes() -> None:
     assert sizes[RECENT_PASSES] == 64, "nobody has decoded for a while"
 
 
+@pytest.mark.parametrize("answered", [True, False])
+def test_a_token_is_expected_behind_a_prompt_that_is_answered_at_once(answered: bool) -> None:
+    scheduler = Scheduler(kv_tokens=2_000, max_batch_tokens=64)
+    scheduler.prompt_rows = 20
+    for name, tokens in (("short", 30), ("long", 300)):
+        scheduler.admit(name, tokens)
+        scheduler.submit(name, 0, 0, tokens, answered=answered and name == "short")
+    sizes = [sum(rows for _, _, rows in batch) for batch in run_all(scheduler)]
+    assert sizes[:3] == ([64, 20, 20] if answered else [64, 64, 64])
+
+
 def test_a_prompt_is_not_held_up_by_its_own_session() -> None:
     scheduler = Scheduler(kv_tokens=1_000, max_batch_tokens=64)
     scheduler.prompt_rows = 20

@@ -74,13 +74,13 @@ class Engine:
         self._pace = Pace(alone_s, row_s, self.scheduler.max_batch_tokens)
         self.scheduler.prompt_rows = self._pace.rows
 
-    def submit(self, session: str, span: Span, step: int, position: int, hidden: Tensor, done: Done) -> None:
+    def submit(
+        self, session: str, span: Span, step: int, position: int, hidden: Tensor, done: Done, *, answered: bool = False
+    ) -> None:
         """Queue a step of an admitted session; `done` is called with its rows, or with why there are none, and with
-        the time that it took.
-
-        Raises what `Scheduler.submit` raises.
+        the time that it took. `answered` is as for `Scheduler.submit`, which raises what this does.
         """
-        self.scheduler.submit(session, step, position, hidden.tokens)
+        self.scheduler.submit(session, step, position, hidden.tokens, answered=answered)
         now = self._clock()
         self.prefixes.make_way(now)
         self._pending[session, step] = _Pending(span, hidden, done, now)
@@ -211,7 +211,7 @@ class Engine:
         pending.parts.append(result)
         if piece.completes:
             del self._pending[piece.session, piece.step]
-            if piece.decodes:
+            if piece.returns:
                 self._absences.leaves(piece.session, end)
             queue_us, _ = spent = pending.spent(end)
             self._watcher.waited(queue_us / 1e6)

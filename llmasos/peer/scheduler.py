@@ -24,7 +24,7 @@ DECODE_ROWS = 16
 
 
 RECENT_PASSES = 16
-"""Who has decoded in one of so many passes is on the way back with the next token: a pass must not be long then."""
+"""Who got an answer in one of so many passes is on the way back with the next token: a pass must not be long then."""
 
 
 class KvFullError(Exception):
@@ -46,6 +46,7 @@ class _Work:
     step: int
     position: int
     tokens: int
+    answered: bool
     done: int = 0
 
     @property
@@ -62,7 +63,7 @@ class _Work:
 class _Session:
     reserved: int
     cached: int = 0
-    decoded_in: int = -RECENT_PASSES  # number of the last pass that it decoded in
+    answered_in: int = -RECENT_PASSES  # number of the last pass that it got an answer in
     queue: deque[_Work] = field(default_factory=deque)
 
     @property
@@ -74,7 +75,8 @@ class _Session:
 class Slice(NamedTuple):
     """Rows `[offset, offset + tokens)` of one step, for the positions from `position` on.
 
-    The step `decodes` if it is a token, or a few guesses; the end of a prompt does not.
+    The step `decodes` if it is a token, or a few guesses; the end of a prompt does not. Its session `returns` with a
+    token when it decodes, or when the client is answered at once.
     """
 
     session: str
@@ -84,6 +86,7 @@ class Slice(NamedTuple):
     tokens: int
     completes: bool
     decodes: bool
+    returns: bool
 
 
 Batch = tuple[Slice, ...]
@@ -112,19 +115,19 @@ class Scheduler:
 
     @property
     def returning_sessions(self) -> int:
-        """How many sessions have decoded a moment ago and are expected back with their next step."""
+        """How many sessions got an answer a moment ago and are expected back with their next token."""
         return sum(
             1
             for session in self._sessions.values()
-            if not session.queue and self._passes - session.decoded_in < RECENT_PASSES
+            if not session.queue and self._passes - session.answered_in < RECENT_PASSES
         )
 
     @property
     def missing_mates(self) -> int:
-        """How many sessions decoded in the same pass as one that waits now, and have not come back."""
+        """How many sessions got an answer in the same pass as one that waits now, and have not come back."""
         sessions = self._sessions.values()
-        passes = {session.decoded_in for session in sessions if session.queue and session.decoded_in >= 0}
-        return sum(1 for session in sessions if not session.queue and session.decoded_in in passes)
+        passes = {session.answered_in for session in sessions if session.queue and session.answered_in >= 0}
+        return sum(1 for session in sessions if not session.queue and session.answered_in in passes)
 
     @property
     def kv_free_tokens(self) -> int:
@@ -150,8 +153,9 @@ class Scheduler:
         """The first `tokens` positions of an admitted session, within its reservation, are cached already."""
         self._sessions[session].cached = tokens
 
-    def submit(self, session: str, step: int, position: int, tokens: int) -> None:
-        """Queue a step. A position below the end rolls the session back to it when the step runs.
+    def submit(self, session: str, step: int, position: int, tokens: int, *, answered: bool = False) -> None:
+        """Queue a step. A position below the end rolls the session back to it when the step runs. `answered`: there is
+        no other hop, and the client gets what comes of it at once. It is back with a token then, a prompt too.
 
         Raises GapError when the step would leave a hole, KvFullError when the session outgrows its reservation and
         the budget has no more; in both cases nothing has changed.
@@ -163,7 +167,7 @@ class Scheduler:
         if outgrown > 0:
             self._reserve(outgrown)
             entry.reserved += outgrown
-        entry.queue.append(_Work(step, position, tokens))
+        entry.queue.append(_Work(step, position, tokens, answered))
 
     def schedule(self) -> Batch:
         """The next pass, empty when nothing waits. One slice a session; call `finish` before scheduling again."""
@@ -188,8 +192,8 @@ class Scheduler:
                 continue
             self._sessions[piece.session] = self._sessions.pop(piece.session)  # served: to the back of the round
             work = entry.queue[0]
-            if work.decodes:
-                entry.decoded_in = self._passes
+            if piece.returns:
+                entry.answered_in = self._passes
             work.done += piece.tokens
             entry.cached = piece.position + piece.tokens
             if piece.completes:
@@ -237,6 +241,8 @@ def _fill(chosen: list[Slice], heads: list[tuple[str, _Work]], room: int) -> int
         rows = min(left, room)
         if rows or not left:
             position = work.position + work.done
-            chosen.append(Slice(name, work.step, position, work.done, rows, rows == left, work.decodes))
+            completes = rows == left
+            returns = completes and (work.decodes or work.answered)
+            chosen.append(Slice(name, work.step, position, work.done, rows, completes, work.decodes, returns))
             room -= rows
     return room

@@ -151,7 +151,9 @@ class PeerSession:
             self._room.set()
 
         try:
-            self._engine.submit(self.key, self.span, number, position, self._plain(step.hidden), done)
+            answered = keep > 0 and self.upstream is None and self._link is None and not self._relay
+            hidden = self._plain(step.hidden)
+            self._engine.submit(self.key, self.span, number, position, hidden, done, answered=answered)
         except GapError as error:
             self._fail(number, "bad_request", str(error))
         except KvFullError as error:

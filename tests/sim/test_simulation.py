@@ -151,7 +151,7 @@ def test_a_leaking_account_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_what_the_shipped_code_logs_as_an_error_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
-    def fail(self: llmasos.peer.engine.Engine, *details: object) -> None:
+    def fail(self: llmasos.peer.engine.Engine, *details: object, **more: object) -> None:
         raise ZeroDivisionError("an unexpected failure")
 
     monkeypatch.setattr(llmasos.peer.engine.Engine, "submit", fail)
