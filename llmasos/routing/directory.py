@@ -9,7 +9,8 @@ import logging
 from statistics import median
 from typing import TYPE_CHECKING
 
-from llmasos.routing.records import ClockError, PeerRecord, RecordError
+from llmasos.errors import LLMasOSError
+from llmasos.routing.records import MAX_ID_CHARS, ClockError, PeerRecord, RecordError
 from llmasos.routing.view import SwarmView
 
 if TYPE_CHECKING:
@@ -72,9 +73,17 @@ class Directory:
             log.warning("peer %s is passed over: its clock is %.0f s fast", peer, seconds)
 
     async def refresh_all(self) -> None:
-        """Look up every model that some peer names."""
-        for model in await self.models():
-            await self.refresh(model)
+        """Look up every model that some peer names. Raises SwarmUnreachableError when none can be looked up."""
+        models = await self.models()
+        failures: list[LLMasOSError] = []
+        for model in models:
+            try:
+                await self.refresh(model)
+            except LLMasOSError as error:  # one model's failure is no reason to see none
+                log.info("the peers of %s cannot be looked up: %s", model, error.message)
+                failures.append(error)
+        if failures and len(failures) == len(models):
+            raise failures[0]
 
     async def models(self) -> list[str]:
         """The models that peers say they serve, sorted."""
@@ -82,9 +91,11 @@ class Directory:
         for peer, published in (await self._network.lookup(MODELS_TOPIC)).items():
             try:
                 name = json.loads(published.value)["model"]
-            except (ValueError, KeyError, TypeError):
-                log.info("peer %s names no model in %r", peer, published.value[:100])
-                continue
-            if isinstance(name, str):
+            except (ValueError, KeyError, TypeError, RecursionError):  # the last: of a thousand brackets
+                name = None
+            # as in a record: what is no topic, or cannot be printed, would stop whoever looks it up
+            if isinstance(name, str) and 0 < len(name) <= MAX_ID_CHARS and name.isprintable():
                 names.add(name)
+            else:
+                log.info("peer %s names no model in %r", peer, published.value[:100])
         return sorted(names)

@@ -12,6 +12,7 @@ from llmasos.config import MAX_LEASE_S, MAX_RECORD_BYTES
 from llmasos.identity import Identity
 from llmasos.p2p_hivemind import DHTID, DHTRecord, get_dht_time
 from llmasos.p2p_registry import Validator, seal, unseal
+from llmasos.routing.directory import MODELS_TOPIC, Directory
 from tests.p2p.networks import TOPIC, Start, node_peer
 
 ALICE, MALLORY = Identity(bytes(range(32))), Identity(bytes(range(1, 33)))
@@ -155,3 +156,14 @@ async def test_an_old_record_sent_again_does_not_end_the_new_one(start: Start) -
     newcomer = await start()  # remembers nothing
     for network in (honest, reader, attacker, newcomer):
         assert (await network.lookup(TOPIC))[honest.peer_id].value == b"new"
+
+
+@pytest.mark.swarm
+async def test_a_stranger_who_names_what_is_no_topic_hides_no_model(start: Start) -> None:
+    honest, reader, stranger = [await start() for _ in range(3)]
+    assert await honest.publish(MODELS_TOPIC, b'{"model": "smollm2"}', 30)
+    assert await stranger.publish(MODELS_TOPIC, b'{"model": "\\ud800"}', 30)
+    assert len(await reader.lookup(MODELS_TOPIC)) == 2
+    directory = Directory(reader)
+    await directory.refresh_all()
+    assert await directory.models() == ["smollm2"]

@@ -1,0 +1,87 @@
+"""The registry as strangers fill it. In virtual time, in front of a registry that is a dictionary."""
+
+import asyncio
+import json
+from typing import Any
+
+import pytest
+
+from llmasos.config import LEASE_S, MAX_RECORD_BYTES
+from llmasos.errors import LLMasOSError, SwarmUnreachableError
+from llmasos.network import PeerId, Published
+from llmasos.routing.directory import MODELS_TOPIC, Directory, model_topic
+from sim.loop import run
+from tests.routing.builders import NOW, a_record
+
+LOOKUP_S = 0.3
+
+
+class Registry:
+    """The part of a network that a directory asks. A look-up takes LOOKUP_S; topics in `silent` are not answered."""
+
+    peer_id = PeerId("me")
+
+    def __init__(self, *named: str) -> None:
+        self.silent: set[str] = set()
+        self.under_way = self.most_at_once = 0
+        self._topics: dict[str, dict[PeerId, Published]] = {MODELS_TOPIC: {}}
+        for number, model in enumerate(named):
+            peer = f"peer{number}"
+            self.publish(peer, MODELS_TOPIC, json.dumps({"model": model}).encode())
+            self.publish(peer, f"model/{model}", a_record(peer, model=model, announced_at=NOW).to_bytes())
+
+    def now(self) -> float:
+        return asyncio.get_running_loop().time()
+
+    def publish(self, peer: str, topic: str, value: bytes) -> None:
+        self._topics.setdefault(topic, {})[PeerId(peer)] = Published(PeerId(peer), value, NOW + LEASE_S)
+
+    async def lookup(self, topic: str) -> dict[PeerId, Published]:
+        self.under_way += 1
+        self.most_at_once = max(self.most_at_once, self.under_way)
+        await asyncio.sleep(LOOKUP_S)
+        self.under_way -= 1
+        if topic in self.silent:
+            raise SwarmUnreachableError("the registry did not answer")
+        return {peer: entry for peer, entry in self._topics.get(topic, {}).items() if self.now() < entry.expires_at}
+
+
+def directory_of(registry: Registry) -> Directory:
+    network: Any = registry
+    return Directory(network)
+
+
+HOSTILE = {
+    "a lone surrogate": b'{"model": "\\ud800"}',
+    "an endless name": json.dumps({"model": "m" * 129}).encode(),
+    "an empty name": b'{"model": ""}',
+    "a line break": b'{"model": "a\\nb"}',
+    "a mark that turns the text around": b'{"model": "\\u202e2mlloms"}',
+    "no text": b'{"model": 7}',
+    "no object": b"[]",
+    "no JSON": b"\xff",
+    "a thousand brackets": b"[" * MAX_RECORD_BYTES,
+}
+
+
+@pytest.mark.parametrize("value", HOSTILE.values(), ids=HOSTILE)
+def test_what_is_no_name_of_a_model_is_passed_over(value: bytes) -> None:
+    registry = Registry("smollm2", "m" * 128)
+    registry.publish("mallory", MODELS_TOPIC, value)
+    assert run(directory_of(registry).models(), start=NOW) == ["m" * 128, "smollm2"]
+
+
+def test_a_model_that_cannot_be_looked_up_keeps_no_other_from_sight() -> None:
+    registry = Registry("llama", "smollm2")
+    registry.silent.add(model_topic("llama"))
+    directory = directory_of(registry)
+    run(directory.refresh_all(), start=NOW)
+    assert directory.view.models() == ["smollm2"]
+
+
+@pytest.mark.parametrize("topics", [[MODELS_TOPIC], [model_topic("llama"), model_topic("smollm2")]])
+def test_a_registry_that_does_not_answer_is_told(topics: list[str]) -> None:
+    registry = Registry("llama", "smollm2")
+    registry.silent.update(topics)
+    with pytest.raises(LLMasOSError, match="did not answer"):
+        run(directory_of(registry).refresh_all(), start=NOW)
