@@ -84,6 +84,7 @@ class Directory:
                 failures.append(error)
         if failures and len(failures) == len(models):
             raise failures[0]
+        self.view.expire(self._network.now())  # also of the models that nobody names any more
 
     async def models(self) -> list[str]:
         """The models that peers say they serve, sorted."""

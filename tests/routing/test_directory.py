@@ -85,3 +85,17 @@ def test_a_registry_that_does_not_answer_is_told(topics: list[str]) -> None:
     registry.silent.update(topics)
     with pytest.raises(LLMasOSError, match="did not answer"):
         run(directory_of(registry).refresh_all(), start=NOW)
+
+
+def test_a_swarm_that_is_gone_is_gone_from_sight() -> None:
+    """Nobody names its models any more, so that nothing is left to look up."""
+
+    async def scene() -> list[str]:
+        directory = directory_of(Registry("smollm2"))
+        await directory.refresh_all()
+        assert directory.view.models() == ["smollm2"]
+        await asyncio.sleep(LEASE_S)
+        await directory.refresh_all()
+        return directory.view.models()
+
+    assert run(scene(), start=NOW) == []
