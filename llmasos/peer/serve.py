@@ -6,6 +6,7 @@ import secrets
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from functools import partial
+from shlex import quote
 
 from llmasos.blocks.devices import free_memory_bytes, resolve_device, resolve_dtype
 from llmasos.blocks.layers import DecoderBlocks, load_blocks
@@ -13,7 +14,7 @@ from llmasos.blocks.registry import ModelSpec, resolve
 from llmasos.blocks.tensors import wire_dtype
 from llmasos.config import LEASE_S, MAX_AUTO_KV_TOKENS, PeerConfig
 from llmasos.console import progress, say, show, stop_signal
-from llmasos.errors import UsageError
+from llmasos.errors import UsageError, serve_command
 from llmasos.network import Network, Wrap
 from llmasos.p2p import P2PNetwork
 from llmasos.peer.handler import Served
@@ -24,8 +25,8 @@ from llmasos.peer.runner import Speed
 from llmasos.peer.torch_runner import TorchRunner
 from llmasos.routing.directory import Directory
 from llmasos.routing.placement import choose_span
-from llmasos.routing.view import Numerics
-from llmasos.span import Span
+from llmasos.routing.view import Checkpoint, Numerics, Pool
+from llmasos.span import Span, gaps
 
 WEIGHTS_SHARE = 0.5
 """Of the free memory, for weights, under `--blocks auto`; the kv cache takes a quarter (see `_kv_tokens`)."""
@@ -101,7 +102,7 @@ class _Host:
         if not self._introduced:
             show(self._network.multiaddr)
             self._introduced = True
-        _say_ready(peer, self._blocks, self._directory, self._network.multiaddr)
+        _say_ready(peer, self._blocks, self._directory, self._network.multiaddr, self._config.model)
         if self.metrics_url:
             say(f"  metrics  {self.metrics_url}")
 
@@ -163,12 +164,13 @@ def _kv_tokens(blocks: DecoderBlocks) -> int:
     return max(min(room, MAX_AUTO_KV_TOKENS), 1)
 
 
-def _say_ready(peer: Peer, blocks: DecoderBlocks, directory: Directory, multiaddr: str) -> None:
-    """What this peer is to the swarm, and what can be done next."""
+def _say_ready(peer: Peer, blocks: DecoderBlocks, directory: Directory, multiaddr: str, source: str) -> None:
+    """What this peer is to the swarm, and what can be done next. `source` is what its model was loaded from."""
     model, spec_blocks = peer.served.model, peer.served.model_blocks
-    coverage = directory.view.coverage(model)
-    missing = directory.view.missing(model)
-    weakest = min(range(spec_blocks), key=lambda block: coverage[block]) if coverage else 0
+    alike = _alike(peer, blocks, directory)
+    missing = gaps(alike, spec_blocks)
+    counts = [sum(block in span for span in alike) for block in range(spec_blocks)]
+    weakest = min(range(spec_blocks), key=lambda block: counts[block])
     kv = peer.engine.scheduler.kv_tokens
     gib = kv * blocks.kv_bytes_per_token / 2**30
     say(f"peer {peer.network.peer_id} is ready", style="bold green")
@@ -178,12 +180,27 @@ def _say_ready(peer: Peer, blocks: DecoderBlocks, directory: Directory, multiadd
     say(f"  speed    {rows_per_s:,.0f} rows/s in full batches; a row alone takes {alone_ms:.2f} ms a block")
     say(f"  room     {kv:,} cached tokens ({gib:.1f} GiB when full)")
     if missing:
-        first = missing[0]
-        say(f"  swarm    blocks {', '.join(map(str, missing))} have no peer yet:")
-        say(f"           python -m llmasos.peer --blocks {first} --model {model} --join {multiaddr}")
+        say(f"  swarm    blocks {', '.join(map(str, missing))} have no peer in {numbers} yet:")
+        command = serve_command(
+            str(missing[0]), source, multiaddr, dtype=blocks.dtype, quantization=blocks.quantization
+        )
+        say(f"           {command}")
     else:
-        count = coverage[weakest]
-        say(f"  swarm    every block has a peer; the weakest, block {weakest}, has {count}")
-        say(f'  use      llmasos generate "The world is" --model {model} --join {multiaddr}')
+        say(f"  swarm    every block has a peer in {numbers}; the weakest, block {weakest}, has {counts[weakest]}")
+        say(f'  use      llmasos generate "The world is" --model {quote(source)}{_asking(blocks)} --join {multiaddr}')
     say(f"  watch    llmasos status --join {multiaddr}")
     say(f"  stop     Ctrl-C; the swarm knows at once (after a crash: within {LEASE_S:.0f} s)")
+
+
+def _alike(peer: Peer, blocks: DecoderBlocks, directory: Directory) -> list[Span]:
+    """What is served in the numbers of this peer, by itself as well: no route mixes them, so no other completes it."""
+    checkpoint = Checkpoint(peer.served.digest, peer.served.model_blocks)
+    pool = directory.view.pools(peer.served.model, checkpoint).get(Numerics(blocks.dtype, blocks.quantization), Pool())
+    spans = {offer.record.peer: offer.record.span for offer in pool.offers()}
+    return list((spans | {peer.network.peer_id: blocks.span}).values())
+
+
+def _asking(blocks: DecoderBlocks) -> str:
+    """The options of a client that is to use these blocks; none where the defaults fit."""
+    dtype = f" --dtype {blocks.dtype}" if blocks.dtype != "float32" else ""
+    return dtype + (f" --quantization {blocks.quantization}" if blocks.quantization != "none" else "")
