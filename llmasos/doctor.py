@@ -12,7 +12,7 @@ from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import median
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from llmasos import __version__
 from llmasos.cli_route import MAX_PINGED, round_trip_s
@@ -20,6 +20,7 @@ from llmasos.config import NetworkConfig
 from llmasos.console import say, show, whole
 from llmasos.errors import LLMasOSError, serve_command
 from llmasos.multiaddr import parse_multiaddr
+from llmasos.span import Span, gaps
 
 if TYPE_CHECKING:
     from llmasos.network import Network
@@ -84,7 +85,14 @@ async def doctor(args: Namespace) -> None:
         show(json.dumps({"ok": not failed, "findings": [asdict(finding) for finding in findings]}, ensure_ascii=False))
     if failed:
         raise LLMasOSError(f"{len(failed)} of {len(findings)} checks failed: {', '.join(failed)}")
-    say(f"all {len(findings)} checks passed", style="bold green")
+    say(_passed(findings), style="bold green")
+
+
+def _passed(findings: Sequence[Finding]) -> str:
+    warned = sum(finding.verdict == "warn" for finding in findings)
+    if not warned:
+        return f"all {len(findings)} checks passed"
+    return f"{len(findings) - warned} of {len(findings)} checks passed, {warned} warning{'s' if warned > 1 else ''}"
 
 
 async def _guarded(name: str, check: Callable[[], Awaitable[Finding]]) -> Finding:
@@ -193,12 +201,13 @@ async def _model(name: str) -> Finding:
 # --- the swarm ------------------------------------------------------------------------------------------------------
 
 
-async def _swarm(join: list[str], model: str) -> list[Finding]:
-    """Each address by itself, then the swarm behind them."""
+async def _swarm(join: list[str], source: str) -> list[Finding]:
+    """Each address by itself, then the swarm behind them. `source` is what the model is loaded from."""
     from llmasos.p2p import P2PNetwork
     from llmasos.routing.directory import Directory
     from llmasos.routing.view import status
 
+    model = await asyncio.to_thread(_swarm_name, source)
     findings = []
     async with await P2PNetwork.create(NetworkConfig(listen=False)) as network:
         reached = False
@@ -223,15 +232,19 @@ async def _swarm(join: list[str], model: str) -> list[Finding]:
         ahead = max((record.announced_at - now for record in directory.view.peers(model)), default=0.0)
     entry = next((entry for entry in served if entry["model"] == model), None)
     if entry is None:
-        command = serve_command("auto", model, join[0])
+        command = serve_command("auto", source, join[0])
         findings.append(Finding("coverage", "warn", f"nobody serves {model}", command))
         return findings
     if entry["covered"]:
         findings.append(Finding("coverage", "ok", f"every block of {model} has a peer"))
     else:
-        command = serve_command(entry["missing"][0], model, join[0])
         findings.append(
-            Finding("coverage", "fail", f"blocks {', '.join(entry['missing'])} of {model} have no peer", command)
+            Finding(
+                "coverage",
+                "fail",
+                f"blocks {', '.join(entry['missing'])} of {model} have no peer",
+                _completing(entry, source, join[0]),
+            )
         )
     if ahead > MAX_SKEW_S:
         findings.append(
@@ -244,3 +257,25 @@ async def _swarm(join: list[str], model: str) -> list[Finding]:
         other = f"peers run {', '.join(sorted(versions))}, this is {__version__}"
         findings.append(Finding("version", "warn", other, "pip install --upgrade llmasos"))
     return findings
+
+
+def _swarm_name(source: str) -> str:
+    """What the swarm calls a model that may be a path here; whatever is wrong with it has a finding of its own."""
+    from llmasos.blocks.registry import resolve
+
+    try:
+        return resolve(source).name
+    except LLMasOSError:
+        return source
+
+
+def _completing(entry: dict[str, Any], source: str, join: str) -> str:
+    """The command that serves what is missing, in the numbers that miss just that: others would complete nobody."""
+    spans: dict[tuple[str, str], list[Span]] = {}
+    for peer in entry["peers"]:
+        if peer["state"] == "online":
+            spans.setdefault((peer["dtype"], peer["quantization"]), []).append(Span.parse(peer["blocks"]))
+    lacking = {numbers: [str(gap) for gap in gaps(spans[numbers], entry["blocks"])] for numbers in sorted(spans)}
+    alike = (numbers for numbers, missing in lacking.items() if missing == entry["missing"])
+    dtype, quantization = next(alike, (None, None))
+    return serve_command(entry["missing"][0], source, join, dtype=dtype, quantization=quantization)

@@ -4,7 +4,7 @@ import socket
 
 import pytest
 
-from llmasos.doctor import Finding, _port, _relay
+from llmasos.doctor import Finding, Verdict, _completing, _passed, _port, _relay
 from llmasos.errors import LLMasOSError
 from llmasos.routing.directory import Directory
 from sim.loop import run
@@ -64,3 +64,27 @@ async def test_a_check_that_fails_is_a_line_with_its_hint() -> None:
         raise LLMasOSError("it is not there", hint="fetch it")
 
     assert await _guarded("model", broken) == Finding("model", "fail", "it is not there", "fetch it")
+
+
+@pytest.mark.parametrize(
+    ("verdicts", "words"),
+    [
+        (("ok", "ok", "ok"), "all 3 checks passed"),
+        (("ok", "warn", "ok"), "2 of 3 checks passed, 1 warning"),
+        (("warn", "warn", "ok"), "1 of 3 checks passed, 2 warnings"),
+    ],
+)
+def test_a_warning_has_not_passed(verdicts: tuple[Verdict, ...], words: str) -> None:
+    assert _passed([Finding("memory", verdict, "") for verdict in verdicts]) == words
+
+
+def test_missing_blocks_are_served_in_the_numbers_that_miss_them() -> None:
+    """Most peers of this swarm compute in others; the gap is that of int8."""
+    peers = [("0:20", "float32", "int8"), ("0:3", "bfloat16", "none"), ("3:7", "bfloat16", "none")]
+    shown = [{"blocks": b, "dtype": d, "quantization": q, "state": "online"} for b, d, q in peers]
+    entry = {"blocks": 30, "missing": ["20:30"], "peers": shown}
+    assert _completing(entry, "./a model.gguf", "ADDRESS") == (
+        "python -m llmasos.peer --blocks 20:30 --model './a model.gguf' --quantize int8 --join ADDRESS"
+    )
+    entry["missing"] = ["7:30"]
+    assert "--dtype bfloat16 --join" in _completing(entry, "smollm2", "ADDRESS")

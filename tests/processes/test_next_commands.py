@@ -10,7 +10,7 @@ import pytest
 
 from llmasos.blocks.registry import ALIASES, embedded
 from sim.local import LocalProcess, LocalSwarm
-from tests.processes.conftest import command
+from tests.commands import command, llmasos_here
 
 
 @asynccontextmanager
@@ -53,6 +53,8 @@ async def test_a_part_says_how_to_complete_it(gguf: str) -> None:
         _, *arguments = await printed(peer, "python -m llmasos.peer")
         parsed = dict(zip(arguments[2::2], arguments[3::2], strict=True))
         assert parsed["--blocks"] == "12:30"
+        doctor = await llmasos_here("doctor", "--model", gguf, "--join", peer.address)
+        assert shlex.join(["python", *arguments]) in doctor.stderr
         other = await swarm.start_peer("other", "12:30", *arguments[2:])
         typed = await printed(other, "llmasos generate")
         done = await command(*typed, "--max-new-tokens", "3")
