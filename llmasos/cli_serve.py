@@ -2,6 +2,7 @@
 
 import asyncio
 import os
+import re
 import socket
 from argparse import ArgumentParser, ArgumentTypeError, Namespace
 from collections.abc import Coroutine
@@ -14,6 +15,10 @@ from llmasos.console import add_log_format, cannot_listen, say, show, stop_signa
 from llmasos.errors import LLMasOSError, UsageError
 from llmasos.local import LocalSwarm, split_evenly
 
+_ORIGIN = re.compile(r"(?P<scheme>[a-z][a-z0-9+.-]*)://(?P<host>[a-z0-9._-]+|\[[0-9a-f:.]+\])(?P<port>:\d{1,5})?/?")
+_USUAL_PORTS = {("http", ":80"), ("https", ":443")}
+"""Browsers leave them out."""
+
 
 def _add_listen(command: ArgumentParser) -> None:
     config = GatewayConfig()
@@ -22,6 +27,7 @@ def _add_listen(command: ArgumentParser) -> None:
     command.add_argument("--api-key-file", type=Path, metavar="FILE", help="let in only keys of this file: llmasos key")
     command.add_argument(
         "--cors-origin",
+        type=_origin,
         action="append",
         default=[],
         metavar="ORIGIN",
@@ -209,6 +215,17 @@ def _append(path: Path, lines: str) -> None:
 
 def _take_back(path: Path, lines: str) -> None:
     path.write_text(path.read_text().removesuffix(lines).rstrip("\n") + "\n")
+
+
+def _origin(text: str) -> str:
+    """An argparse type: an origin as browsers send it, or * for all."""
+    if text == "*":
+        return text
+    match = _ORIGIN.fullmatch(text.lower())
+    if match is None:
+        raise ArgumentTypeError(f"{text!r} is no origin: write it as https://example.org or http://localhost:3000")
+    port = "" if (match["scheme"], match["port"]) in _USUAL_PORTS else match["port"] or ""
+    return f"{match['scheme']}://{match['host']}{port}"
 
 
 def _port(text: str) -> int:
