@@ -178,9 +178,10 @@ def _say_ready(url: str, join: str, config: GatewayConfig) -> None:
 
 async def key(args: Namespace) -> None:
     """Make a key, append its hash to the file, and write the key to stdout: it is shown this once."""
-    from llmasos.client.gateway_keys import load_keys, new_key
+    from llmasos.client.gateway_keys import check_new, load_keys, new_key
 
     secret, lines = new_key(args.name)
+    await asyncio.to_thread(check_new, args.name, args.file)
     if args.scope:
         lines += f"scopes = {_toml(args.scope)}\n"
     if args.model:
@@ -196,6 +197,7 @@ async def key(args: Namespace) -> None:
         raise
     show(secret)
     say(f"added to {args.file}, as a hash: the key is shown this once", style="dim")
+    say("a gateway reads its key file when it starts: start one that runs already again", style="dim")
 
 
 def _toml(values: list[str]) -> str:

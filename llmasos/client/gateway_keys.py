@@ -21,6 +21,7 @@ import secrets
 import tomllib
 from dataclasses import dataclass, fields
 from pathlib import Path
+from shlex import quote
 from typing import Any
 
 from llmasos.errors import UsageError
@@ -87,32 +88,69 @@ def new_key(name: str) -> tuple[str, str]:
 def load_keys(path: Path) -> KeyRing:
     """Read a key file. Raises UsageError for one that is not as it should be, before anybody relies on it."""
     try:
-        found = tomllib.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UsageError(f"the key file {path} cannot be read: {error.strerror}", hint=_how(path)) from error
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise UsageError(f"the key file {path} is not TOML: {error}", hint=_how(path)) from error
-    entries = found.pop("key", [])
-    if found or not isinstance(entries, list) or not entries:
-        raise UsageError(f"the key file {path} holds no [[key]]", hint=_how(path))
+        entries = _entries(path)
+    except FileNotFoundError as error:
+        raise UsageError(f"the key file {path} cannot be read: {error.strerror}", hint=_make(path)) from error
+    if not entries:
+        raise UsageError(f"the key file {path} holds no [[key]]", hint=_make(path))
     keys = [_key(entry, path) for entry in entries]
     names = [key.name for key in keys]
     if twice := {name for name in names if names.count(name) > 1}:
-        raise UsageError(f"the key file {path} has two keys named {', '.join(sorted(twice))}")
+        raise UsageError(
+            f"the key file {path} has two keys named {', '.join(sorted(twice))}",
+            hint="give one of them another name there, or delete it",
+        )
     return KeyRing(keys)
+
+
+def check_new(name: str, path: Path) -> None:
+    """Raises UsageError when the file has a key of that name already, or is damaged. There need be none yet."""
+    try:
+        entries = _entries(path)
+    except FileNotFoundError:
+        return
+    if any(isinstance(entry, dict) and entry.get("name") == name for entry in entries):
+        raise UsageError(
+            f"the key file {path} already has a key named {name}",
+            hint="no two keys have one name: take another, or delete its [[key]] from the file to make it anew",
+        )
+
+
+def _entries(path: Path) -> list[Any]:
+    """The keys in a file, as they stand there. Raises UsageError, and FileNotFoundError where there is none."""
+    try:
+        found = tomllib.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise
+    except OSError as error:
+        raise UsageError(f"the key file {path} cannot be read: {error.strerror}") from error
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise UsageError(f"the key file {path} is not TOML: {error}", hint=_mend(path)) from error
+    entries = found.pop("key", [])
+    if found:
+        raise UsageError(f"the key file {path} holds {', '.join(found)}, and may hold [[key]] alone", hint=_mend(path))
+    if not isinstance(entries, list):
+        raise UsageError(f"the key file {path} holds no [[key]]", hint=_mend(path))
+    return entries
 
 
 def _key(entry: Any, path: Path) -> Key:
     known = {field.name for field in fields(Key)}
     if not isinstance(entry, dict) or not isinstance(entry.get("name"), str):
-        raise UsageError(f"a key in {path} has no name", hint=_how(path))
+        raise UsageError(f"a key in {path} has no name", hint=_mend(path))
     if unknown := set(entry) - known:
         raise UsageError(f"key {entry['name']} in {path}: {', '.join(sorted(unknown))} means nothing here")
     if not re.fullmatch(r"sha256:[0-9a-f]{64}", str(entry.get("hash"))):
-        raise UsageError(f"key {entry['name']} in {path} has no hash of the form sha256:…", hint=_how(path))
+        raise UsageError(f"key {entry['name']} in {path} has no hash of the form sha256:…", hint=_mend(path))
     lists = {name: tuple(entry[name]) for name in ("scopes", "models") if name in entry}
     return Key(**{**entry, **lists})
 
 
-def _how(path: Path) -> str:
-    return f"make one: llmasos key alice --file {path}"
+def _make(path: Path) -> str:
+    return f"make one: llmasos key alice --file {quote(str(path))}"
+
+
+def _mend(path: Path) -> str:
+    """No command adds a key to a damaged file."""
+    file, aside = quote(str(path)), quote(f"{path}.old")
+    return f"mend it by hand, or begin a new one: mv {file} {aside} && llmasos key alice --file {file}"
