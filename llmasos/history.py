@@ -11,7 +11,8 @@ from llmasos.wire import Tensor, join_rows
 
 
 class History:
-    """Rows `[0, length)` in the parts in which they came. Holds what it is given: no copies."""
+    """Rows `[0, length)` in the parts in which they came. Holds what it is given: a copy only of what is left of a part
+    once most of it was dropped."""
 
     def __init__(self) -> None:
         self.length = 0
@@ -36,7 +37,7 @@ class History:
         keep = bisect_right(self._starts, length - 1)
         del self._starts[keep:], self._parts[keep:]
         if self._parts:
-            self._parts[-1] = self._parts[-1].rows(0, length - self._starts[-1])
+            self._parts[-1] = _shed(self._parts[-1].rows(0, length - self._starts[-1]))
         self.length = length
 
     def read(self, start: int, end: int) -> Tensor:
@@ -61,3 +62,10 @@ class History:
         """The rows `[start, end)` in order, as (position, rows) of at most `tokens` rows each."""
         for begin in range(start, end, tokens):
             yield begin, self.read(begin, min(begin + tokens, end))
+
+
+def _shed(rows: Tensor) -> Tensor:
+    """The rows without the memory that they are a small part of: guesses that were wrong must not stay behind them."""
+    if 2 * rows.data.nbytes >= memoryview(rows.data.obj).nbytes:
+        return rows
+    return Tensor(rows.dtype, rows.shape, memoryview(bytes(rows.data)), rows.codec)

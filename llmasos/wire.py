@@ -48,7 +48,8 @@ MAX_MESSAGE_CHARS = 500
 
 ITEM_BYTES: dict[str, int] = {"float32": 4, "bfloat16": 2, "float16": 2}
 
-Count = Annotated[int, msgspec.Meta(ge=0, le=2**31)]
+MAX_COUNT = 2**31
+Count = Annotated[int, msgspec.Meta(ge=0, le=MAX_COUNT)]
 Index = Annotated[int, msgspec.Meta(ge=0, le=2**20)]
 Id = Annotated[str, msgspec.Meta(min_length=1, max_length=128)]
 Text = Annotated[str, msgspec.Meta(max_length=MAX_MESSAGE_CHARS)]
@@ -59,7 +60,9 @@ Address = Annotated[str, msgspec.Meta(max_length=256)]
 Seconds = Annotated[float, msgspec.Meta(ge=0, le=86_400)]
 Spent = tuple[Count, Count]
 """Microseconds that a step waited on one hop, and that the passes took which computed it there."""
-Trail = Annotated[tuple[Spent, ...], msgspec.Meta(max_length=4_096)] | msgspec.UnsetType
+MAX_TRAIL = 4_096
+"""Hops: more than the largest model has blocks."""
+Trail = Annotated[tuple[Spent, ...], msgspec.Meta(max_length=MAX_TRAIL)] | msgspec.UnsetType
 """What each hop has spent on a step so far, in their order. Not on the wire unless the session is traced."""
 
 

@@ -20,6 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from llmasos.config import DType
+from llmasos.errors import UsageError
 from llmasos.peer.runner import Chunk, Fault, Speed
 from llmasos.span import Span
 from llmasos.wire import Tensor
@@ -132,6 +133,8 @@ class SimRunner:
     def fork(self, source: str, target: str, tokens: int) -> None:
         """See `Runner.fork`."""
         cache = self._caches[source]
+        if tokens > len(cache.rows):
+            raise UsageError(f"asked to share {tokens} tokens of {len(cache.rows)}")
         self._caches[target] = _Cache(cache.blocks, cache.rows[:tokens])
 
     def release(self, session: str) -> None:

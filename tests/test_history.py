@@ -115,6 +115,14 @@ def test_what_is_read_within_one_part_is_not_copied() -> None:
     assert history.read(1, 3).data.obj is part.data.obj
 
 
+def test_what_was_mostly_dropped_does_not_hold_the_rest() -> None:
+    history, model = filled(13)
+    history.cut(2)
+    kept = history.read(0, 2)
+    assert values_of(kept) == model[:2]
+    assert memoryview(kept.data.obj).nbytes == 2 * ROW_BYTES
+
+
 def test_a_write_that_would_leave_a_hole_changes_nothing() -> None:
     history, model = filled(4)
     with pytest.raises(ValueError, match="rows at 6"):

@@ -115,3 +115,10 @@ def test_what_nobody_asks_for_is_forgotten(place: Place) -> None:
     place.prefixes.make_way(PREFIX_LEASE_S + 1)
     assert place.found("xy") == 0
     assert place.found("ab") == 2
+
+
+def test_a_page_is_found_where_it_was_in_the_prompt_and_nowhere_else(place: Place) -> None:
+    place.keep("ab")
+    assert place.prefixes.find("me", SPAN, [b"x", b"a"], 0.0) is None
+    assert place.prefixes.find("me", SPAN, [b"ab"], 0.0) is None
+    assert place.found("ab") == 2

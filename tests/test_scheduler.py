@@ -92,6 +92,38 @@ def test_more_decoding_sessions_than_a_pass_holds_take_turns() -> None:
     assert [[piece[0] for piece in batch] for batch in run_all(scheduler)] == [["a", "b"], ["c", "a"], ["b", "c"]]
 
 
+def test_a_prompt_goes_on_however_many_decode() -> None:
+    scheduler = Scheduler(kv_tokens=1_000, max_batch_tokens=32)
+    scheduler.admit("prompt", 100)
+    scheduler.submit("prompt", 0, 0, 100)
+    for name in "abc":
+        scheduler.admit(name, 200)
+        for step in range(4):
+            scheduler.submit(name, step, 16 * step, 16)
+    passes = run_all(scheduler)
+    of_prompt = [sum(rows for name, _, rows in batch if name == "prompt") for batch in passes]
+    assert sum(of_prompt[:6]) < 100
+    assert all(of_prompt[:6])
+
+
+@pytest.mark.parametrize("failed", [True, False])
+def test_what_a_step_has_cached_that_was_not_finished_does_not_count(failed: bool) -> None:
+    scheduler = Scheduler(kv_tokens=1_000, max_batch_tokens=64)
+    scheduler.admit("a", 300)
+    scheduler.submit("a", 0, 0, 10)
+    scheduler.submit("a", 1, 10, 100)
+    scheduler.finish(scheduler.schedule())
+    scheduler.finish(scheduler.schedule())
+    if failed:
+        scheduler.fail("a", 10)
+    else:
+        scheduler.abandon("a")
+    with pytest.raises(GapError, match=r"74.*10"):
+        scheduler.submit("a", 2, 74, 1)
+    scheduler.submit("a", 3, 10, 1)
+    assert run_all(scheduler) == [[("a", 10, 1)]]
+
+
 def test_a_lower_position_rolls_back() -> None:
     scheduler = Scheduler(kv_tokens=100, max_batch_tokens=64)
     scheduler.admit("a", 40)

@@ -9,7 +9,7 @@ import math
 from dataclasses import dataclass
 
 LATE = 1.5
-"""Times the usual absence: who is away for longer is expected no more."""
+"""Times the usual absence: who is away for longer is expected no more, nor who is late by more than a wait is worth."""
 
 
 @dataclass(slots=True)
@@ -62,4 +62,6 @@ def _end(absence: _Absence, now: float, within_s: float, away_s: float) -> float
         return now
     if usual_s is None:
         return since + within_s if away_s == math.inf else now
-    return since + LATE * usual_s if usual_s <= away_s and since + usual_s - now <= within_s else now
+    if usual_s > away_s or since + usual_s - now > within_s:
+        return now
+    return since + min(LATE * usual_s, usual_s + within_s)

@@ -17,7 +17,7 @@ from llmasos.peer.runner import Chunk, Fault, Runner
 from llmasos.peer.scheduler import Scheduler, Slice
 from llmasos.peer.watcher import Watcher
 from llmasos.span import Span
-from llmasos.wire import Spent, Tensor, join_rows
+from llmasos.wire import MAX_COUNT, Spent, Tensor, join_rows
 
 GATHER = 0.35
 """Of the last pass without a prompt: so long does a peer that was idle wait for the next of those who shared one. Less
@@ -40,8 +40,9 @@ class _Pending:
     parts: list[Tensor] = field(default_factory=list)
 
     def spent(self, now: float) -> Spent:
-        """How long it waited and was computed, in microseconds."""
-        return round(1e6 * max(now - self.came_at - self.computed_s, 0.0)), round(1e6 * self.computed_s)
+        """How long it waited and was computed, in microseconds; what a clock that was set makes of it fits the wire."""
+        waited_s = max(now - self.came_at - self.computed_s, 0.0)
+        return min(round(1e6 * waited_s), MAX_COUNT), min(round(1e6 * self.computed_s), MAX_COUNT)
 
 
 class Engine:
@@ -91,7 +92,11 @@ class Engine:
         """Reserve room for a session; it begins with what `prefix` holds. Raises KvFullError."""
         self.scheduler.admit(session, tokens)
         if prefix is not None:
-            self.runner.fork(prefix.source, session, prefix.tokens)
+            try:
+                self.runner.fork(prefix.source, session, prefix.tokens)
+            except BaseException:
+                self.scheduler.release(session)
+                raise
             self.scheduler.adopt(session, prefix.tokens)
         self.prefixes.make_way(self._clock())
 
@@ -204,7 +209,7 @@ class Engine:
             return  # its session left while the pass ran
         pending.computed_s += max(end - begin, 0.0)
         if isinstance(result, Fault):
-            self.scheduler.abandon(piece.session)
+            self.scheduler.fail(piece.session, piece.position - piece.offset)
             self._drop_steps(piece.session)
             pending.done(result, pending.spent(end))
             return

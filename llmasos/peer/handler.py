@@ -183,11 +183,12 @@ class Handler:
                 case Step():
                     await session.accept(message)
                 case Ping():
-                    await stream.send(encode(session.pong(message)))
+                    async with asyncio.timeout(SESSION_LEASE_S):  # who does not read must not keep the lease by it
+                        await stream.send(encode(session.pong(message)))
                 case Reroute():
                     session.reroute(message)
                 case Replay():
-                    session.replay(message)
+                    await session.replay(message)
                 case Close():
                     return
                 case _:
@@ -238,8 +239,8 @@ class Handler:
                 sessions=scheduler.active_sessions,
                 kv_free_tokens=scheduler.kv_free_tokens,
             )
-            await stream.send(encode(pong))
             async with asyncio.timeout(SESSION_LEASE_S):
+                await stream.send(encode(pong))
                 message = decode(await stream.receive())
 
 

@@ -10,15 +10,16 @@ import logging
 from collections import deque
 from collections.abc import Awaitable, Callable, Iterable
 
-from llmasos.config import OPEN_TIMEOUT_S
+from llmasos.config import MAX_PENDING_TOKENS, OPEN_TIMEOUT_S
 from llmasos.errors import ConnectionLostError
 from llmasos.network import Network, Stream
 from llmasos.wire import PROTOCOL, AnyMessage, Attach, NextHop, Result, Step, encode
 
 log = logging.getLogger(__name__)
 
-
 _WITH_ROWS = (Step, Result)
+LATER_ROWS = MAX_PENDING_TOKENS // 8
+"""What messages count for together that are made later: what they are made of is held until then."""
 
 
 class Outbox:
@@ -36,8 +37,8 @@ class Outbox:
         self._put((message,), max(message.hidden.tokens, 1) if isinstance(message, _WITH_ROWS) else 1)
 
     def put_later(self, messages: Iterable[AnyMessage]) -> None:
-        """Queue messages that are made when their turn comes, one after the other; they count as one row together."""
-        self._put(messages, 1)
+        """Queue messages that are made when their turn comes, one after the other; see LATER_ROWS."""
+        self._put(messages, LATER_ROWS)
 
     async def serve(self) -> None:
         """Send until cancelled, or until `send` raises."""

@@ -21,8 +21,8 @@ from llmasos.peer.runner import Runner
 from llmasos.peer.scheduler import Scheduler
 from llmasos.span import Span
 
-_Place = tuple[str, Span, bytes]
-"""Whose it is, the blocks that it was computed by, and the key."""
+_Place = tuple[str, Span, int, bytes]
+"""Whose it is, the blocks that it was computed by, which page of the prompt, and the key."""
 
 
 @dataclass(slots=True)
@@ -59,7 +59,7 @@ class Prefixes:
     def find(self, owner: str, span: Span, keys: Sequence[bytes], now: float) -> Prefix | None:
         """The longest beginning of these pages that is there."""
         for pages in range(len(keys), 0, -1):
-            name = self._by_place.get((owner, span, keys[pages - 1]))
+            name = self._by_place.get((owner, span, pages, keys[pages - 1]))
             if name is not None:
                 entry = self._entries[name]
                 entry.used_at = now
@@ -71,7 +71,7 @@ class Prefixes:
 
     def keep(self, owner: str, span: Span, keys: Sequence[bytes], session: str, outputs: History, now: float) -> None:
         """Keep the pages `keys`, which `session` has cached and passed on. Not while a pass works on it."""
-        places = [(owner, span, key) for key in keys]
+        places = [(owner, span, page, key) for page, key in enumerate(keys, start=1)]
         if not places or places[-1] in self._by_place:
             return
         entry = _Entry(places, outputs.copy(), now)

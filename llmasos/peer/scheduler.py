@@ -11,7 +11,7 @@ Laws, checked by `check()` and by the property test:
   * `0 <= cached <= reserved` for each session, and the sum of `reserved` is never over the kv budget;
   * steps of one session run in the order they came; rows of a step run in order;
   * a decoding step waits for at most one pass, whatever prompts are queued (it is always scheduled before them);
-  * while somebody decodes, that pass has at most `prompt_rows` rows of prompts;
+  * while somebody decodes, that pass has at most `prompt_rows` rows of prompts, and some if any wait;
   * between sessions the order is round-robin: no session is passed over twice while it has work.
 """
 
@@ -22,7 +22,8 @@ from typing import NamedTuple
 DECODE_ROWS = 16
 """A step of at most this many rows counts as decoding (one token, or a speculated handful): it goes before prompts."""
 
-
+PROMPT_SHARE = 16
+"""A prompt that waits has this part of each pass, however many decode: without it they could hold it up for ever."""
 RECENT_PASSES = 16
 """Who got an answer in one of so many passes is on the way back with the next token: a pass must not be long then."""
 
@@ -178,7 +179,8 @@ class Scheduler:
                 work = entry.queue[0]
                 (short if work.left <= DECODE_ROWS else long).append((name, work))
         chosen: list[Slice] = []
-        room = _fill(chosen, short, self.max_batch_tokens)
+        kept = -(-self.max_batch_tokens // PROMPT_SHARE) if long else 0
+        room = _fill(chosen, short, self.max_batch_tokens - kept) + kept
         if long:
             somebody_decodes = short or self.returning_sessions  # a token waits, or is about to come
             _fill(chosen, long, min(room, self.prompt_rows) if somebody_decodes else room)
@@ -206,12 +208,23 @@ class Scheduler:
         return [work.step for work in entry.queue] if entry else []
 
     def abandon(self, session: str, *, running: bool = False) -> None:
-        """Drop what a session has queued, keeping what it has cached: one of its steps failed and those behind it
-        would build on what is not there, or nobody waits for them. `running`: the first is in a pass, and stays.
+        """Drop what a session has queued, since nobody waits for it. What steps have cached that are done stays; what a
+        part of one has does not count, as nobody has seen it. `running`: the first is in a pass, and stays.
         """
         entry = self._sessions.get(session)
         while entry and len(entry.queue) > running:
-            entry.queue.pop()
+            work = entry.queue.pop()
+            if work.done:
+                entry.cached = min(entry.cached, work.position)
+
+    def fail(self, session: str, position: int) -> None:
+        """A step that begins at `position` failed: nothing of it is cached. Those behind it would build on it, and are
+        dropped.
+        """
+        self.abandon(session)
+        entry = self._sessions.get(session)
+        if entry:
+            entry.cached = min(entry.cached, position)
 
     def release(self, session: str) -> None:
         """The session is over; its room is free at once. Unknown sessions are ignored."""

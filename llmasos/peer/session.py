@@ -26,6 +26,7 @@ from llmasos.span import Span
 from llmasos.tasks import TaskSet
 from llmasos.wire import (
     MAX_MESSAGE_CHARS,
+    MAX_TRAIL,
     AnyMessage,
     ErrorCode,
     Failed,
@@ -83,6 +84,8 @@ class PeerSession:
         self._outputs = prefix.outputs if prefix is not None else History()
         self._to_keep = request.prefix  # until their rows have been computed
         self._record: OrderedDict[int, _Output] = OrderedDict()
+        self._recorded_rows = 0
+        self._most_recorded_rows = request.tokens + MAX_PENDING_TOKENS  # what is rolled back adds up otherwise
         self._last_step = -1
         self._wanted_from = 0  # steps below this are no longer waited for: the client has rerouted since
         self._room = asyncio.Event()
@@ -123,10 +126,7 @@ class PeerSession:
 
         Raises TimeoutError when nothing of it moves for a lease: nobody takes what we send.
         """
-        while self._rows_under_way > MAX_PENDING_TOKENS:
-            self._room.clear()
-            async with asyncio.timeout(SESSION_LEASE_S):
-                await self._room.wait()
+        await self._have_room()
         if self._closed:
             return
         if step.step <= self._last_step:
@@ -140,7 +140,7 @@ class PeerSession:
             return
         number, position, keep, replay = step.step, step.position, step.keep, step.replay
 
-        before = step.spent or ()
+        before = (step.spent or ())[: MAX_TRAIL - 1]
 
         def done(rows: Tensor | Fault, spent: Spent) -> None:
             if isinstance(rows, Fault):
@@ -168,8 +168,9 @@ class PeerSession:
         self._link_to(change.downstream)
         self._room.set()
 
-    def replay(self, request: Replay) -> None:
-        """Send the next hop (or the client, if it relays) what that has to catch up with."""
+    async def replay(self, request: Replay) -> None:
+        """Send the next hop (or the client, if it relays) what that has to catch up with. Waits as `accept` does."""
+        await self._have_room()
         if request.until > self._outputs.length:
             message = f"asked to replay {request.until} rows of {self._outputs.length}"
             self._fail(request.step, "bad_request", message)
@@ -200,6 +201,13 @@ class PeerSession:
         self._outputs = History()
         self._record.clear()
 
+    async def _have_room(self) -> None:
+        """Wait until not too much is under way. Raises TimeoutError when none of it moves for a lease."""
+        while self._rows_under_way > MAX_PENDING_TOKENS:
+            self._room.clear()
+            async with asyncio.timeout(SESSION_LEASE_S):
+                await self._room.wait()
+
     def _plain(self, rows: Tensor) -> Tensor:
         """The rows as the engine takes them. Those of another width it refuses, so that they need not be unpacked."""
         return unpack(rows) if rows.hidden == self._engine.runner.hidden_size else rows
@@ -218,8 +226,9 @@ class PeerSession:
             self._engine.keep_prefix(self._client.peer, self.span, self._to_keep, self.key, self._outputs)
             self._to_keep = ()
         self._record[output.step] = output
-        if len(self._record) > RECORDED_STEPS:
-            self._record.popitem(last=False)
+        self._recorded_rows += output.rows.tokens
+        while len(self._record) > RECORDED_STEPS or self._recorded_rows > self._most_recorded_rows:
+            self._recorded_rows -= self._record.popitem(last=False)[1].rows.tokens
         if output.step >= self._wanted_from:
             self._send(output)
 

@@ -29,6 +29,8 @@ MIN_ROW_S = 1e-7
 """What a further row costs at least, when noise says that it costs nothing."""
 PROBE_PASSES = 5
 """Passes of each probe; the median is announced."""
+FAILURES = (LLMasOSError, MemoryError, *MISFITS)
+"""What blocks may raise over the rows of one session, and what must not end the peer."""
 
 
 class TorchRunner:
@@ -101,7 +103,10 @@ class TorchRunner:
             cache = self._caches[chunk.session] = self._blocks.new_cache()
         if chunk.position > cache.length:
             return Fault(f"rows at position {chunk.position}, but {cache.length} are cached", sender=True)
-        cache.truncate(chunk.position)
+        try:
+            cache.truncate(chunk.position)  # copies a page that others share
+        except FAILURES as error:
+            return Fault(f"the blocks failed: {error}", sender=False)
         if chunk.hidden.dtype != self._dtype or chunk.hidden.hidden != self.hidden_size:
             expected = f"{self._dtype} rows of {self.hidden_size}"
             return Fault(f"expected {expected}, got {chunk.hidden.dtype} rows of {chunk.hidden.hidden}", sender=True)
@@ -113,7 +118,7 @@ class TorchRunner:
             return []
         try:
             outputs = self._blocks.forward_wire(chunks)
-        except (LLMasOSError, *MISFITS) as error:
+        except FAILURES as error:
             for chunk in chunks:
                 chunk.cache.truncate(chunk.position)
             if len(chunks) == 1:

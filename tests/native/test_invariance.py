@@ -31,6 +31,14 @@ def alone(recipe: int, kind: str, variant: str, session: int) -> Array:
     return whole(stack_of(recipe, kind, 1, variant), rows_of(LENGTH, HIDDEN, session))
 
 
+@pytest.mark.parametrize("recipe", range(len(RECIPES)))
+def test_a_row_that_is_no_number_leaves_nothing_behind(recipe: int) -> None:
+    stack = RECIPES[recipe].stack("float32", 1, native.variants()[0])
+    expected = whole(stack, rows_of(1, HIDDEN, 3))
+    whole(stack, np.full((1, HIDDEN), np.nan, np.float32))
+    assert np.array_equal(whole(stack, rows_of(1, HIDDEN, 3)), expected)
+
+
 @settings(max_examples=60, deadline=None)
 @given(st.data())
 def test_a_session_has_the_same_bits_in_any_company(data: st.DataObject) -> None:

@@ -23,6 +23,7 @@ from llmasos.wire import (
     Opened,
     Ping,
     Pong,
+    Replay,
     Result,
     Step,
     Tensor,
@@ -31,7 +32,7 @@ from llmasos.wire import (
 )
 from sim.loop import run
 from sim.network import SimNetwork, SimSwarm
-from sim.runner import from_numbers, reference, to_numbers
+from sim.runner import NUMBERS, from_numbers, reference, to_numbers
 from sim.swarm import SimCluster, SimModel
 
 MODEL = SimModel(blocks=5)
@@ -197,6 +198,55 @@ def test_a_repeated_step_is_answered_from_the_record() -> None:
         assert isinstance(await ask(stream, Ping(nonce=3, padding=b"x")), Pong)
         assert peer.engine.passes == passes
         await stream.close()
+
+    against_a_peer(scenario)
+
+
+def test_old_answers_are_forgotten_with_what_was_rolled_back() -> None:
+    async def scenario(stranger: SimNetwork, peer: Peer) -> None:
+        tokens = 2_000
+        stream = await opened(stranger, peer, tokens=tokens)
+        steps = [step(number, 0, [number] * tokens, keep=1) for number in range(10)]
+        answers = [await ask(stream, each) for each in steps]
+        assert await ask(stream, steps[-1]) == answers[-1]
+        await stream.send(encode(steps[0]))  # ten times what the session has reserved is not held for it
+        assert isinstance(await ask(stream, Ping(padding=b"x")), Pong)
+        await stream.close()
+
+    against_a_peer(scenario)
+
+
+def test_a_step_that_fails_half_way_leaves_nothing_to_go_on_from() -> None:
+    async def scenario(stranger: SimNetwork, peer: Peer) -> None:
+        first_pass = [1] * peer.engine.scheduler.max_batch_tokens
+        stream = await opened(stranger, peer, tokens=len(first_pass) + 10)
+        answer = await ask(stream, step(0, 0, [*first_pass, NUMBERS]))
+        assert isinstance(answer, Failed)
+        answer = await ask(stream, step(1, len(first_pass), [7]))
+        assert isinstance(answer, Failed)
+        assert "the session ends at 0" in answer.message
+        answer = await ask(stream, step(2, 0, [5, 6]))
+        assert isinstance(answer, Result)
+        assert to_numbers(answer.hidden) == reference(5, [5, 6])[-1:]
+        await stream.close()
+
+    against_a_peer(scenario)
+
+
+def test_who_asks_for_more_replays_than_it_takes_is_dropped() -> None:
+    async def scenario(stranger: SimNetwork, peer: Peer) -> None:
+        stream = await opened(stranger, peer)
+        for number in range(50):
+            await ask(stream, step(number, number, [number]))
+        replay = encode(Replay(step=100, until=50, chunk=1, hops=1))
+        sessions = peer.engine.scheduler.active_sessions
+        for _ in range(1_000):
+            await stream.send(replay)
+        with pytest.raises(ConnectionLostError):
+            for _ in range(20):
+                await stream.send(replay)
+                await asyncio.sleep(SESSION_LEASE_S / 5)
+        assert peer.engine.scheduler.active_sessions < sessions
 
     against_a_peer(scenario)
 

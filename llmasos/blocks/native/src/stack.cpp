@@ -166,8 +166,12 @@ void Stack::work(Pass& pass, int thread) {
     const int64_t threads = pool_.threads(), width = geometry_.hidden;
     Buffers& b = *buffers_;
     const int64_t begin = pass.rows * thread / threads, end = pass.rows * (thread + 1) / threads;
-    for (int64_t row = begin; row < end; row++)
-        std::memcpy(b.x.data() + row * b.hidden, pass.outside + row * width, sizeof(float) * size_t(width));
+    for (int64_t row = begin; row < end; row++) {
+        float* inside = b.x.data() + row * b.hidden;
+        std::memcpy(inside, pass.outside + row * width, sizeof(float) * size_t(width));
+        // A norm of a row that was not finite may have left NaN behind its width, where everybody's zeros are.
+        std::memset(inside + width, 0, sizeof(float) * size_t(b.hidden - width));
+    }
     pool_.meet();
     for (int index = pass.first; index < pass.last; index++)
         run_layer(pass, index, thread, *scratch_[size_t(thread)]);
