@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from llmasos.cli import build_parser
-from llmasos.client.gateway_keys import load_keys
+from llmasos.client.gateway_keys import load_keys, new_key
 from llmasos.errors import UsageError
 from tests.commands import Finished, llmasos_here
 
@@ -70,3 +70,11 @@ def test_without_a_key_file_one_is_made(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="Is a directory") as caught:
         load_keys(tmp_path)
     assert caught.value.hint == ""
+
+
+@pytest.mark.parametrize("line", ['models = "smollm2"', "scopes = 3", "models = [4]"])
+def test_what_should_be_a_list_is_no_list_of_letters(line: str, tmp_path: Path) -> None:
+    file = tmp_path / "keys.toml"
+    file.write_text(f"{new_key('alice')[1]}{line}\n")
+    with pytest.raises(UsageError, match=f"{line.split()[0]} is .*, not a list"):
+        load_keys(file)

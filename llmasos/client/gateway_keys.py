@@ -142,8 +142,17 @@ def _key(entry: Any, path: Path) -> Key:
         raise UsageError(f"key {entry['name']} in {path}: {', '.join(sorted(unknown))} means nothing here")
     if not re.fullmatch(r"sha256:[0-9a-f]{64}", str(entry.get("hash"))):
         raise UsageError(f"key {entry['name']} in {path} has no hash of the form sha256:…", hint=_mend(path))
-    lists = {name: tuple(entry[name]) for name in ("scopes", "models") if name in entry}
+    lists = {name: tuple(_list(entry, name, path)) for name in ("scopes", "models") if name in entry}
     return Key(**{**entry, **lists})
+
+
+def _list(entry: dict[str, Any], name: str, path: Path) -> list[str]:
+    value = entry[name]
+    if not isinstance(value, list) or not all(isinstance(item, str) for item in value):
+        raise UsageError(
+            f"key {entry['name']} in {path}: {name} is {value!r}, not a list", hint=f'write it as {name} = ["…"]'
+        )
+    return value
 
 
 def _make(path: Path) -> str:
