@@ -1,19 +1,25 @@
 """Commands that stay: a gateway, and a whole swarm with one."""
 
 import asyncio
+import json
 import os
 import re
 import socket
 from argparse import ArgumentParser, ArgumentTypeError, Namespace
 from collections.abc import Coroutine
 from pathlib import Path
-from typing import Any
+from shlex import quote
+from typing import TYPE_CHECKING, Any
 
 from llmasos.client.options import add_codec, add_numbers, client_config
-from llmasos.config import GatewayConfig
+from llmasos.config import ClientConfig, GatewayConfig
 from llmasos.console import add_log_format, cannot_listen, say, show, stop_signal, whole
 from llmasos.errors import LLMasOSError, UsageError
 from llmasos.local import LocalSwarm, split_evenly
+from llmasos.span import Span, gaps
+
+if TYPE_CHECKING:
+    from llmasos.client.async_client import AsyncLLMasOS
 
 _ORIGIN = re.compile(r"(?P<scheme>[a-z][a-z0-9+.-]*)://(?P<host>[a-z0-9._-]+|\[[0-9a-f:.]+\])(?P<port>:\d{1,5})?/?")
 _USUAL_PORTS = {("http", ":80"), ("https", ":443")}
@@ -155,7 +161,7 @@ async def _serve(args: Namespace, join: list[str], models: tuple[str, ...], stop
             host, port = runner.addresses[0][:2]
             url = f"http://{f'[{host}]' if ':' in host else host}:{port}"
             show(url)
-            _say_ready(url, join[0], config)
+            _say_ready(url, join[0], config, await _to_try(client, config, numbers))
             if not await _unless_stopped(client.wait_failed(), stop):
                 say("stopping")
             else:
@@ -164,12 +170,36 @@ async def _serve(args: Namespace, join: list[str], models: tuple[str, ...], stop
             await runner.cleanup()
 
 
-def _say_ready(url: str, join: str, config: GatewayConfig) -> None:
+async def _to_try(client: "AsyncLLMasOS", config: GatewayConfig, numbers: ClientConfig) -> str:
+    """A model that the gateway can load and the swarm serves; while it serves none of them, one to be served."""
+    from llmasos.blocks.hub import looks_like_hub_id
+    from llmasos.blocks.registry import ALIASES, resolve
+
+    known = [(await asyncio.to_thread(resolve, source)).name for source in config.models] + list(ALIASES)
+    served: list[str] = [model["model"] for model in (await client.status())["models"] if _whole(model, numbers)]
+    usable = [name for name in known if name in served] + list(filter(looks_like_hub_id, served))
+    return (usable + known)[0]
+
+
+def _whole(model: dict[str, Any], numbers: ClientConfig) -> bool:
+    """Whether peers with these numbers have all blocks of a model, as `status` describes it."""
+    spans = [
+        Span.parse(peer["blocks"])
+        for peer in model["peers"]
+        if peer["state"] == "online" and (peer["dtype"], peer["quantization"]) == (numbers.dtype, numbers.quantization)
+    ]
+    return bool(spans) and not gaps(spans, model["blocks"])
+
+
+def _say_ready(url: str, join: str, config: GatewayConfig, model: str) -> None:
+    body = json.dumps({"model": model, "messages": [{"role": "user", "content": "Hello!"}]}, ensure_ascii=False)
     say(f"the gateway is ready at {url}", style="bold green")
     say(f"  page     {url}/")
     say(f'  openai   OpenAI(base_url="{url}/v1", api_key="{"…" if config.api_key_file else "none"}")')
     say(f"  curl     curl {url}/v1/chat/completions -H 'Content-Type: application/json' \\")
-    say('             -d \'{"model": "smollm2", "messages": [{"role": "user", "content": "Hello!"}]}\'')
+    if config.api_key_file:
+        say("             -H 'Authorization: Bearer …' \\")
+    say(f"             -d {quote(body)}")
     say(f"  join     {join}")
     if config.api_key_file is None and config.host not in ("127.0.0.1", "::1", "localhost"):
         say(f"  keys     none: whoever reaches {config.host} may use it; see llmasos key --help", style="yellow")
