@@ -29,8 +29,8 @@ CLOCK_SKEW_S = 3.0
 MAX_ENVELOPE_BYTES = MAX_RECORD_BYTES + 4 * MAX_TOPIC_CHARS + SIGNATURE_BYTES + 32
 MAX_VERDICTS = 50_000
 """Signatures remembered as good or bad. A look-up checks each record once per replica that answers (130 us each)."""
-MAX_TOPICS = 64
-"""Topics whose last look-up is remembered."""
+MAX_TOPICS = 160
+"""Topics whose last look-up is remembered: all of one look at the swarm (`MAX_MODELS` in `routing/directory.py`)."""
 
 _CONTEXT = "llmasos/registry/1"
 _STEP_S = 0.001

@@ -6,8 +6,10 @@ Peers and clients share it. It decides nothing; it only keeps a `SwarmView` as f
 import asyncio
 import json
 import logging
+from collections import Counter
 from statistics import median
 from typing import TYPE_CHECKING
+from weakref import WeakValueDictionary
 
 from llmasos.errors import LLMasOSError
 from llmasos.routing.records import MAX_ID_CHARS, ClockError, PeerRecord, RecordError
@@ -20,6 +22,11 @@ log = logging.getLogger(__name__)
 
 MODELS_TOPIC = "models"
 """Under it each peer names the model that it serves, so that a stranger can ask what there is."""
+
+MAX_MODELS = 128
+"""Models looked up in one look at the swarm. A name costs a stranger one key pair, and everybody else a look-up."""
+LOOKUPS_AT_ONCE = 16
+"""Of those, how many at once: each waits for a round trip or two, so that a full look takes 8 times as long as one."""
 
 
 def model_topic(model: str) -> str:
@@ -35,7 +42,7 @@ class Directory:
         self._network = network
         self._looked_up_at: dict[str, float] = {}
         self._warned_of: set[str] = set()
-        self._lock = asyncio.Lock()
+        self._looking: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()  # one a model, while in use
 
     def age_s(self, model: str) -> float:
         """Seconds since the peers of `model` were last looked up; infinite when they never were."""
@@ -43,7 +50,8 @@ class Directory:
 
     async def refresh(self, model: str, *, max_age_s: float = 0.0) -> None:
         """Look the peers of `model` up, unless that was done within `max_age_s`. Callers at once share one look-up."""
-        async with self._lock:
+        lock = self._looking.setdefault(model, asyncio.Lock())
+        async with lock:
             if self.age_s(model) <= max_age_s:
                 return
             found = await self._network.lookup(model_topic(model))
@@ -73,22 +81,41 @@ class Directory:
             log.warning("peer %s is passed over: its clock is %.0f s fast", peer, seconds)
 
     async def refresh_all(self) -> None:
-        """Look up every model that some peer names. Raises SwarmUnreachableError when none can be looked up."""
-        models = await self.models()
-        failures: list[LLMasOSError] = []
-        for model in models:
-            try:
-                await self.refresh(model)
-            except LLMasOSError as error:  # one model's failure is no reason to see none
-                log.info("the peers of %s cannot be looked up: %s", model, error.message)
-                failures.append(error)
-        if failures and len(failures) == len(models):
+        """Look up the models that peers name. Raises SwarmUnreachableError when none can be looked up.
+
+        Of more than MAX_MODELS those come first that peers are known of, then those that most peers name.
+        """
+        named = await self._named()
+        self._looked_up_at = {model: at for model, at in self._looked_up_at.items() if model in named}
+        known = frozenset(self.view.models())
+        models = sorted(named, key=lambda model: (model not in known, -named[model], model))
+        if len(models) > MAX_MODELS:
+            log.info("%d of %d models are not looked up", len(models) - MAX_MODELS, len(models))
+        places = asyncio.Semaphore(LOOKUPS_AT_ONCE)
+
+        async def look(model: str) -> LLMasOSError | None:
+            async with places:
+                try:
+                    await self.refresh(model)
+                except LLMasOSError as error:  # one model's failure is no reason to see none
+                    log.info("the peers of %s cannot be looked up: %s", model, error.message)
+                    return error
+            return None
+
+        async with asyncio.TaskGroup() as group:
+            looks = [group.create_task(look(model)) for model in models[:MAX_MODELS]]
+        failures = [error for task in looks if (error := task.result()) is not None]
+        if failures and len(failures) == len(looks):
             raise failures[0]
         self.view.expire(self._network.now())  # also of the models that nobody names any more
 
     async def models(self) -> list[str]:
         """The models that peers say they serve, sorted."""
-        names: set[str] = set()
+        return sorted(await self._named())
+
+    async def _named(self) -> Counter[str]:
+        """How many peers say that they serve each model."""
+        named: Counter[str] = Counter()
         for peer, published in (await self._network.lookup(MODELS_TOPIC)).items():
             try:
                 name = json.loads(published.value)["model"]
@@ -96,7 +123,7 @@ class Directory:
                 name = None
             # as in a record: what is no topic, or cannot be printed, would stop whoever looks it up
             if isinstance(name, str) and 0 < len(name) <= MAX_ID_CHARS and name.isprintable():
-                names.add(name)
+                named[name] += 1
             else:
                 log.info("peer %s names no model in %r", peer, published.value[:100])
-        return sorted(names)
+        return named
