@@ -2,6 +2,9 @@
 
 One is not believed: it has failed us, and another peer is tried. If that one says the same, or there is none, the
 mistake is ours.
+
+That is so for the first hop. Rows that any other refuses were made by the hop before it: nobody can tell which of the
+two is wrong, both have failed us, and the mistake is never ours.
 """
 
 from dataclasses import replace

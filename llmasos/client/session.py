@@ -39,6 +39,7 @@ from llmasos.errors import (
     PeerFaultError,
     PeerTimeoutError,
     UsageError,
+    short_id,
 )
 from llmasos.history import History
 from llmasos.logs import session_label
@@ -359,14 +360,27 @@ class Session:
             case Failed(code="next_hop_lost") if message.step in self._flights:
                 self._cut_off(hop, message.message)
             case Failed() if message.step is None or message.step in self._flights:
-                if message.code == "bad_request" and (ours := self._blame.believed(hop.plan.peer, message.message)):
-                    self._flights.fail(ours)
+                if message.code == "bad_request" and hop in self._hops:
+                    self._rows_refused(hop, message)
                 else:
                     self._connections.lose(hop, as_peer_error(hop.plan.peer, message))
             case Failed():
                 log.debug("session %s: a stale failure: %s", self.label, message.message)
             case _:
                 self._connections.lose(hop, PeerFaultError(hop.plan.peer, f"sent {type(message).__name__}"))
+
+    def _rows_refused(self, hop: HopLink, message: Failed) -> None:
+        """A hop says that what it was sent is wrong. It may be our mistake only where we are the ones who sent it."""
+        flight = self._flights.waiting(message.step) if message.step is not None else None
+        first = flight.first if flight is not None else 0  # in a replay, hops before that one were sent no rows
+        index = self._hops.index(hop)
+        if index == first == 0 and (ours := self._blame.believed(hop.plan.peer, message.message)):
+            self._flights.fail(ours)
+            return
+        self._connections.lose(hop, as_peer_error(hop.plan.peer, message))
+        if message.step is not None and index >= max(first, 1):  # one of the two is wrong, and we cannot tell which
+            sender, by = self._hops[index - 1], short_id(hop.plan.peer)
+            self._connections.lose(sender, PeerFaultError(sender.plan.peer, f"its rows are refused by {by}"))
 
     def _take(self, hop: HopLink, result: Result, flight: Flight) -> None:
         """Rows from a hop: an answer if they come from where the step ends, or to be relayed to the next hop."""
