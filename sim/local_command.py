@@ -195,7 +195,10 @@ def _prompts(args: Namespace) -> list[str]:
     try:
         lines = [line for line in args.prompts.read_text(encoding="utf-8").splitlines() if line.strip()]
     except (OSError, UnicodeDecodeError) as error:
-        raise UsageError(f"cannot read prompts from {args.prompts}: {error}") from None
+        why = error.strerror if isinstance(error, OSError) else "it is not UTF-8"
+        raise UsageError(
+            f"cannot read prompts from {args.prompts}: {why}", hint="give a file with one a line"
+        ) from None
     if not lines:
         raise UsageError(f"{args.prompts} holds no prompt", hint="write one a line")
     return lines

@@ -180,11 +180,16 @@ def load(name: str) -> Scenario:
     path = Path(name) if name.endswith(".toml") or "/" in name else HERE / f"{name}.toml"
     try:
         text = path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise ScenarioError(f"there is no scenario {name!r}", hint=_known()) from None
     except (OSError, UnicodeDecodeError) as error:
-        known = ", ".join(found.stem for found in sorted(HERE.glob("*.toml")))
-        why = "" if isinstance(error, FileNotFoundError) else f": {error}"
-        raise ScenarioError(f"there is no scenario {name!r}{why}", hint=f"take one of {known}, or a file") from None
+        why = error.strerror if isinstance(error, OSError) else "it is not UTF-8"
+        raise ScenarioError(f"the scenario {name!r} cannot be read: {why}", hint=_known()) from None
     return parse(text, path.stem, str(path))
+
+
+def _known() -> str:
+    return f"take one of {', '.join(found.stem for found in sorted(HERE.glob('*.toml')))}, or a .toml file"
 
 
 def parse(text: str, name: str, source: str) -> Scenario:
