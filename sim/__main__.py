@@ -2,18 +2,19 @@
 
 import json
 import time
-from argparse import ArgumentParser, Namespace
+from argparse import ArgumentParser, ArgumentTypeError, Namespace
 from pathlib import Path
 
-from llmasos.console import parser, run, say, set_up_logging, show, subcommand, talk, whole
+from llmasos.console import parser, run, say, seconds, set_up_logging, show, subcommand, talk, whole
 from sim import plot
 from sim.baselines import POLICIES
-from sim.compare import compare
+from sim.compare import compare, in_words
 from sim.compare import draw as draw_comparison
 from sim.hunt import Verdict, hunt
 from sim.invariants import ViolationError
 from sim.local_command import EXAMPLE as LOCAL_EXAMPLE
 from sim.local_command import add_local, local
+from sim.report import counted
 from sim.scenario import HERE, load, resize, scenarios
 from sim.simulation import simulate
 from sim.tenths import Tenths
@@ -53,8 +54,8 @@ def run_scenario(args: Namespace) -> None:
     if args.plot is not None:
         plot.check(args.plot)
     say(
-        f"{scenario.name}: {scenario.peers.count} peers of {scenario.peers.blocks} blocks, {scenario.clients.count} "
-        f"clients, {scenario.duration_s:g} s of virtual time, seed {args.seed}"
+        f"{scenario.name}: {counted(scenario.peers.count, 'peer')} of {counted(scenario.peers.blocks, 'block')}, "
+        f"{counted(scenario.clients.count, 'client')}, {scenario.duration_s:g} s of virtual time, seed {args.seed}"
     )
     report = simulate(
         scenario,
@@ -83,7 +84,7 @@ def compare_policies(args: Namespace) -> None:
         plot.check(args.plot)
     seeds = range(args.seed, args.seed + args.seeds)
     policies = ", ".join(POLICIES)
-    say(f"{scenario.name}, seeds {seeds[0]} to {seeds[-1]}, under {len(POLICIES)} policies: {policies}")
+    say(f"{scenario.name}, {in_words(seeds)}, under {len(POLICIES)} policies: {policies}")
     comparison = compare(
         scenario,
         seeds,
@@ -100,6 +101,7 @@ def compare_policies(args: Namespace) -> None:
                 f"{scenario.name} {standing.measure}: ours {standing.ours:.4g}, best {standing.best:.4g} "
                 f"({standing.who}), ratio {standing.ratio:.3f}"
             )
+        say(comparison.rule())
     if args.plot is not None:
         draw_comparison(comparison, args.plot)
         say(f"plotted to {args.plot}")
@@ -112,7 +114,7 @@ def hunt_seeds(args: Namespace) -> None:
     """Many seeds of one scenario, in parallel; the first that fails, and how to replay it."""
     scenario = resize(load(args.scenario), peers=args.peers, clients=args.clients, duration_s=args.duration)
     seeds = range(args.first, args.first + args.seeds)
-    say(f"hunting through {len(seeds)} seeds of {scenario.name}, from {args.first} on")
+    say(f"hunting through {counted(len(seeds), 'seed')} of {scenario.name}, from {args.first} on")
     begin = time.monotonic()
     told = Tenths("hunted")
     verdicts: list[Verdict] = []
@@ -184,7 +186,17 @@ def _add_scenario(command: ArgumentParser) -> None:
 def _add_size(command: ArgumentParser) -> None:
     command.add_argument("--peers", type=whole(1), help="how many peers (default: as the scenario says)")
     command.add_argument("--clients", type=whole(0), help="how many clients (default: as the scenario says)")
-    command.add_argument("--duration", type=float, metavar="S", help="virtual seconds (default: as the scenario says)")
+    command.add_argument(
+        "--duration", type=_duration, metavar="S", help="virtual seconds (default: as the scenario says)"
+    )
+
+
+def _duration(text: str) -> float:
+    """An argparse type: virtual seconds, more than none."""
+    value = seconds(text)
+    if value == 0:
+        raise ArgumentTypeError("a run of 0 seconds is none")
+    return value
 
 
 def main() -> None:

@@ -17,6 +17,9 @@ from sim.simulation import simulate
 TOLERANCE = 0.05
 """Within this share of the best counts as equal: the noise of a few hundred requests."""
 
+ENOUGH = 0.9
+"""Who answers a smaller share of what the busiest policy answers has less to wait for, and is not compared."""
+
 
 @dataclass(frozen=True, slots=True)
 class Standing:
@@ -57,13 +60,23 @@ class Comparison:
     @property
     def which(self) -> str:
         """The seeds in words."""
-        return f"seed {self.seeds[0]}" if len(self.seeds) == 1 else f"seeds {self.seeds[0]} to {self.seeds[-1]}"
+        return in_words(self.seeds)
+
+    @property
+    def compared(self) -> list[Report]:
+        """Ours, and those that answered about as many requests as anybody: who answers fewer is quicker for it."""
+        most = max(report.done for report in self.reports)
+        return [report for report in self.reports if report is self.reports[0] or report.done >= ENOUGH * most]
+
+    def rule(self) -> str:
+        """Whom `standings` compares, in words."""
+        most = max(report.done for report in self.reports)
+        left_out = [f"{report.policy} ({report.done:,})" for report in self.reports if report not in self.compared]
+        rule = f"best: of the policies that answered at least {ENOUGH:.0%} of what the busiest did ({most:,} requests)"
+        return f"{rule}; that leaves out {', '.join(left_out)}" if left_out else f"{rule}: of all"
 
     def _standing(self, measure: str, key: Callable[[Report], float]) -> Standing:
-        # Who answers fewer requests has shorter latencies for it: only those that answer about as many count.
-        most = max(report.done for report in self.reports)
-        serious = [report for report in self.reports if report.done >= 0.9 * most] + [self.reports[0]]
-        best = min(serious, key=key)
+        best = min(self.compared, key=key)
         return Standing(measure, abs(key(self.reports[0])), abs(key(best)), best.policy)
 
     def table(self) -> Table:
@@ -120,6 +133,11 @@ def compare(
                 heard(report)
     groups = [reports[first : first + len(seeds)] for first in range(0, len(reports), len(seeds))]
     return Comparison(tuple(map(_together, groups)), tuple(seeds))
+
+
+def in_words(seeds: Sequence[int]) -> str:
+    """`seed 7`, or `seeds 7 to 9`."""
+    return f"seed {seeds[0]}" if len(seeds) == 1 else f"seeds {seeds[0]} to {seeds[-1]}"
 
 
 def _together(reports: Sequence[Report]) -> Report:

@@ -28,7 +28,7 @@ from llmasos.network import Network
 from llmasos.p2p import P2PNetwork
 from llmasos.span import Span
 from sim.links import CLIENT, LinkedNetwork, LinkPlan
-from sim.report import Latency, seconds
+from sim.report import Latency, counted, seconds
 
 __all__ = [
     "FAULTS",
@@ -139,7 +139,10 @@ class LocalReport:
         table.add_column(style="bold", no_wrap=True)
         table.add_column()
         for name, text in (
-            ("requests", f"{self.requests - self.failed} of {self.requests} answered, {self.failovers} failovers"),
+            (
+                "requests",
+                f"{self.requests - self.failed} of {self.requests} answered, {counted(self.failovers, 'failover')}",
+            ),
             ("tokens", f"{self.tokens:,} in {self.seconds:.1f} s: {self.tokens_per_s:.1f} tokens/s"),
             ("first token", _text(self.first_token)),
             ("next tokens", _text(self.token)),

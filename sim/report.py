@@ -147,7 +147,11 @@ class Report:
         table.add_column()
         used = sorted(peer.utilisation for peer in self.peers_used)
         for name, text in (
-            ("swarm", f"{self.peers} peers, {self.blocks} blocks, {self.clients} clients, policy {self.policy}"),
+            (
+                "swarm",
+                f"{counted(self.peers, 'peer')}, {counted(self.blocks, 'block')}, {counted(self.clients, 'client')}, "
+                f"policy {self.policy}",
+            ),
             ("requests", self._requests()),
             (
                 "tokens",
@@ -156,7 +160,7 @@ class Report:
             ),
             ("first token", _text(self.first_token)),
             ("next tokens", _text(self.token)),
-            ("failovers", f"{self.failovers:,}, which replayed {self.replayed_tokens:,} tokens"),
+            ("failovers", f"{self.failovers:,}; they and hand-overs replayed {counted(self.replayed_tokens, 'token')}"),
             ("coverage", self._coverage()),
             ("utilisation", _spread(used)),
             *self._behind_relays(),
@@ -168,7 +172,7 @@ class Report:
         return table
 
     def _coverage(self) -> str:
-        moved = f"; peers moved {self.moves} times" if self.moves else ""
+        moved = f"; peers moved {counted(self.moves, 'time')}" if self.moves else ""
         return f"longest time without a peer for some block: {self.longest_gap_s:.0f} s{moved}"
 
     def _behind_relays(self) -> list[tuple[str, str]]:
@@ -181,7 +185,8 @@ class Report:
             return []
         direct = f", the others {sum(used[False]) / len(used[False]):.0%}" if used[False] else ""
         mean = sum(used[True]) / len(used[True])
-        return [("relays", f"the {len(used[True])} peers behind a relay are used {mean:.0%} of their time{direct}")]
+        relayed = counted(len(used[True]), "peer")
+        return [("relays", f"{relayed} behind a relay, busy {mean:.0%} of the time{direct}")]
 
     def _requests(self) -> str:
         errors = ", ".join(f"{count:,} {name}" for name, count in self.errors.items())
@@ -200,6 +205,11 @@ def _spread(used: list[float]) -> str:
     return (
         f"mean {sum(used) / len(used):.0%}, half of the peers below {used[len(used) // 2]:.0%}, busiest {used[-1]:.0%}"
     )
+
+
+def counted(number: int, noun: str) -> str:
+    """A number of things in words: 1 peer, 2 peers."""
+    return f"{number:,} {noun}{'s' if number != 1 else ''}"
 
 
 def seconds(value: float) -> str:

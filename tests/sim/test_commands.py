@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -11,11 +12,13 @@ import sim.plot
 from llmasos.errors import UsageError
 from llmasos.peer.runner import Speed
 from llmasos.span import Span
+from sim.__main__ import build_parser
 from sim.calibrate import Calibration, Point, calibrate, fit
 from sim.compare import Comparison
 from sim.compare import draw as draw_comparison
 from sim.local import LocalFault, LocalWork
 from sim.plot import check, draw
+from sim.report import Latency
 from sim.scenario import load, resize
 from sim.simulation import simulate
 
@@ -116,6 +119,8 @@ def test_a_violation_ends_with_the_replay_command(tmp_path: Path) -> None:
         (["run", "nonsense"], "there is no scenario"),
         (["run", "steady", "--plot", "x.gif"], "cannot plot"),
         (["run", "steady", "--peers", "1"], "do not cover"),
+        (["run", str(ROOT)], "cannot be read: Is a directory"),
+        (["local", "--prompts", "/nonexistent"], "from /nonexistent: No such file or directory"),
         (["hunt", "nonsense"], "there is no scenario"),
         (["compare", "nonsense"], "there is no scenario"),
         (["local", "--latency", "5"], "'5' is no latency"),
@@ -130,3 +135,33 @@ def test_wrong_usage(arguments: list[str], words: str) -> None:
     assert done.returncode == 2
     assert words in done.stderr
     assert "Traceback" not in done.stderr
+    assert "Errno" not in done.stderr
+
+
+@pytest.mark.parametrize("name", ["run", "compare", "hunt"])
+@pytest.mark.parametrize("duration", ["0", "nan", "inf", "-5"])
+def test_a_run_takes_its_time(name: str, duration: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        build_parser().parse_args([name, "churn", "--duration", duration])
+    assert "argument --duration" in capsys.readouterr().err
+
+
+def test_a_comparison_names_those_who_are_left_out() -> None:
+    ours = simulate(resize(load("steady"), peers=6, clients=2, duration_s=5), 1)
+    lazy = replace(ours, policy="lazy", done=1, first_token=Latency(count=1, p95_s=0.001))
+    slow = replace(ours, policy="slow", first_token=Latency(count=1, p95_s=99.0))
+    together = Comparison((ours, lazy, slow), (1,))
+    assert {standing.who for standing in together.standings()} == {"ours"}
+    assert together.rule().endswith("that leaves out lazy (1)")
+    assert together.rule().startswith(
+        f"best: of the policies that answered at least 90% of what the busiest did ({ours.done}"
+    )
+    assert Comparison((ours, slow), (1,)).rule().endswith(": of all")
+
+
+def test_what_was_replayed_without_a_failover_is_not_charged_to_one() -> None:
+    """Peers that leave in good order hand their sessions over, and those are replayed as well."""
+    report = replace(simulate(resize(load("steady"), peers=6, clients=1, duration_s=3), 1), replayed_tokens=253)
+    cells = dict(zip(*(column.cells for column in report.table().columns), strict=True))
+    assert cells["failovers"] == "0; they and hand-overs replayed 253 tokens"
+    assert cells["swarm"].startswith("6 peers, 24 blocks, 1 client, ")
