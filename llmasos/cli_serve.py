@@ -103,7 +103,8 @@ async def up(args: Namespace) -> None:
     from llmasos.blocks.registry import resolve
 
     spans = split_evenly((await asyncio.to_thread(resolve, args.model)).blocks, args.peers)
-    say(f"starting a bootstrap and {len(spans)} peers of {args.model}: {', '.join(map(str, spans))}")
+    peers = "a peer" if len(spans) == 1 else f"{len(spans)} peers"
+    say(f"starting a bootstrap and {peers} of {args.model}: {', '.join(map(str, spans))}")
     async with LocalSwarm(model=args.model, show_talk=args.debug) as swarm:
         if await _unless_stopped(swarm.start_peers(spans), stop):
             await _serve(args, [swarm.address], (args.model,), stop)
