@@ -42,12 +42,14 @@ class Recruiter:
         self._connections = connections
         self._prefix = tuple(prefix)
         self._names = itertools.count()
+        self._newest: list[HopLink] = []
+        self._repairing_since = 0.0  # loop time
 
     async def fill(
         self, request: RouteRequest, missing: list[Span], *, new: bool, patient: bool, on_event: OnEvent
     ) -> None:
         """Put hops where blocks are missing, and open them. `new` is a session that holds no rows yet; its blocks may
-        be missing still.
+        be missing still. If `patient`, they are waited for, once for all attempts until newcomers have caught up.
 
         Raises MissingBlocksError when there are none, and what the first of them was lost by that does not open.
         """
@@ -57,10 +59,10 @@ class Recruiter:
         planned = await self._router.plan(
             request if new else self._of_those_able(request),
             self.packing.split(missing),
-            patient=patient,
+            patient_since=self._patient_since() if patient else None,
             on_event=on_event,
         )
-        newcomers = self._newcomers(planned)
+        newcomers = self._newest = self._newcomers(planned)
         self._hops.insert(newcomers)
         if new:
             self.packing.choose([hop.plan for hop in self._hops])
@@ -79,7 +81,7 @@ class Recruiter:
         going = {hop.plan.peer for hop in self._hops if hop.draining}
         request = self._of_those_able(replace(request, exclude=request.exclude | going))
         try:
-            planned = await self._router.plan(request, [old.plan.span], patient=False)
+            planned = await self._router.plan(request, [old.plan.span])
         except SwarmError as error:
             log.info("a session stays on %s until it goes: %s", old.plan.peer, error.message)
             return
@@ -88,6 +90,13 @@ class Recruiter:
         newcomers = self._newcomers(planned)
         self._hops.begin_hand_over(old, newcomers)
         self._lose(await self._open(request, newcomers, new=new))
+
+    def _patient_since(self) -> float:
+        """Since when this repair goes on: newcomers that were lost before they were of use did not end it."""
+        if not any(hop.lagging for hop in self._newest):
+            self._repairing_since = asyncio.get_running_loop().time()
+        self._newest = []  # who gives up now, and comes back, begins another one
+        return self._repairing_since
 
     def _leave_all(self) -> None:
         for hop in self._hops.clear():

@@ -62,16 +62,21 @@ class Router:
         return f"{self._rng.getrandbits(128):032x}"
 
     async def plan(
-        self, request: RouteRequest, missing: Sequence[Span], *, patient: bool, on_event: OnEvent = ignore
+        self,
+        request: RouteRequest,
+        missing: Sequence[Span],
+        *,
+        patient_since: float | None = None,
+        on_event: OnEvent = ignore,
     ) -> list[Hop]:
         """The cheapest hops for the blocks `missing`, in order.
 
-        Raises MissingBlocksError when no peer has them, after looking again - for `wait_for_blocks_s` if `patient`;
-        `on_event` is told of the waiting.
+        Raises MissingBlocksError when no peer has them, after looking again - until they have been missing for
+        `wait_for_blocks_s`, if `patient_since` (loop time) says since when; `on_event` is told of the waiting.
         """
         loop = asyncio.get_running_loop()
-        begin = loop.time()
-        deadline = begin + (self._config.wait_for_blocks_s if patient else 0.0)
+        begin = loop.time() if patient_since is None else patient_since
+        deadline = begin if patient_since is None else begin + self._config.wait_for_blocks_s
         max_age_s = self._config.refresh_every_s
         while True:
             await self.directory.refresh(request.model, max_age_s=max_age_s)
@@ -84,9 +89,9 @@ class Router:
                 if await self._scout.revive(self.directory.view, request, _spans(error)):
                     continue
                 avoided_s = self._shortest_avoidance_s(request.model)
-                if loop.time() >= deadline and not 0 < avoided_s <= MAX_SHORT_WAIT_S:
-                    raise error.wanting(request.dtype, request.quantization) from None
                 now = loop.time()
+                if now >= deadline and not 0 < avoided_s <= begin + MAX_SHORT_WAIT_S - now:
+                    raise error.wanting(request.dtype, request.quantization) from None
                 on_event(Waiting(request.model, tuple(error.missing), now - begin, max(deadline - now, 0.0)))
                 log.debug("%s; waiting for a peer that serves them", error.message)
                 await asyncio.sleep(min(avoided_s, RETRY_EVERY_S) if avoided_s else RETRY_EVERY_S)
