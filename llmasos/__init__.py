@@ -34,12 +34,14 @@ if TYPE_CHECKING:
     from llmasos.client.client import LLMasOS
     from llmasos.client.generation import Generation
     from llmasos.client.transformers_model import SwarmModelForCausalLM
+    from llmasos.config import ClientConfig
 
 __version__ = "0.1.0"
 
 __all__ = [
     "AsyncLLMasOS",
     "CheckpointError",
+    "ClientConfig",
     "ConnectionLostError",
     "Generation",
     "LLMasOS",
@@ -61,6 +63,7 @@ __all__ = [
 
 _LAZY = {
     "AsyncLLMasOS": "llmasos.client.async_client",
+    "ClientConfig": "llmasos.config",
     "Generation": "llmasos.client.generation",
     "LLMasOS": "llmasos.client.client",
     "SwarmModelForCausalLM": "llmasos.client.transformers_model",

@@ -16,6 +16,7 @@ def test_the_public_names() -> None:
     assert llmasos.__all__ == [
         "AsyncLLMasOS",
         "CheckpointError",
+        "ClientConfig",
         "ConnectionLostError",
         "Generation",
         "LLMasOS",
@@ -103,7 +104,10 @@ def test_what_a_generation_says() -> None:
 HEAVY = ["torch", "transformers", "hivemind", "aiohttp", "numpy", "uvloop", "rich", "cryptography"]
 
 
-@pytest.mark.parametrize("statement", ["import llmasos", "import llmasos; llmasos.MissingBlocksError"])
+@pytest.mark.parametrize(
+    "statement",
+    ["import llmasos", "import llmasos; llmasos.MissingBlocksError", "import llmasos; llmasos.ClientConfig()"],
+)
 def test_importing_the_package_loads_nothing_heavy(statement: str) -> None:
     script = f"{statement}\nimport json, sys\nprint(json.dumps([m for m in {HEAVY!r} if m in sys.modules]))"
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
