@@ -11,6 +11,7 @@ from typing import Any, Self, TypedDict, Unpack
 from llmasos.blocks.ends import load_ends
 from llmasos.blocks.registry import load_tokenizer, resolve
 from llmasos.blocks.sampling import SamplingParams
+from llmasos.blocks.tensors import is_finite
 from llmasos.client import prompts
 from llmasos.client.draft import DraftModel
 from llmasos.client.events import OnEvent, ignore
@@ -343,7 +344,9 @@ class AsyncLLMasOS:
         )
         on_event = on_event or self._on_event
         prefix = generator.prefix_keys(prompt_ids) if self._config.share_prefixes else ()
-        session = Session(self._network, router, request, self._config, on_event=on_event, trace=trace, prefix=prefix)
+        session = Session(
+            self._network, router, request, self._config, on_event=on_event, trace=trace, prefix=prefix, sound=is_finite
+        )
         with about(session=session.label):
             async with session:
                 yield await generator.begin(session, prompt_ids)

@@ -25,7 +25,7 @@ from llmasos.client.blame import Blame
 from llmasos.client.connections import Connections
 from llmasos.client.events import Event, HandedOver, OnEvent, Rerouted, Waiting, ignore
 from llmasos.client.flights import Flight, Flights
-from llmasos.client.hop import HopLink, as_peer_error
+from llmasos.client.hop import HopLink
 from llmasos.client.hops import Hops
 from llmasos.client.recruiter import Recruiter
 from llmasos.client.router import Router
@@ -39,7 +39,6 @@ from llmasos.errors import (
     PeerFaultError,
     PeerTimeoutError,
     UsageError,
-    short_id,
 )
 from llmasos.history import History
 from llmasos.logs import session_label
@@ -67,8 +66,9 @@ class Session:
         on_event: OnEvent = ignore,
         trace: bool = False,
         prefix: Sequence[bytes] = (),
+        sound: Callable[[Tensor], bool] = lambda rows: True,
     ) -> None:
-        """`prefix` names the first pages of what will be sent: see `prefix_tokens`."""
+        """`prefix` names the first pages of what will be sent: see `prefix_tokens`. For `sound` see `Blame`."""
         if request.model_blocks is None:
             raise ValueError("a session must know how many blocks its model has")
         self.failovers = 0
@@ -89,7 +89,7 @@ class Session:
         self._flights = Flights(network.now)
         self._spent: Trail = ()  # what each hop says that it spent on the latest step
         self._steps = itertools.count()
-        self._blame = Blame()
+        self._blame = Blame(self._hops, self._flights, sound)
         self._connections = Connections(network, router, config, self._hear, self._on_lost)
         self._recruiter = Recruiter(name, config, self._hops, router, self._connections, prefix=prefix)
 
@@ -141,8 +141,7 @@ class Session:
         """Send `rows`, (tokens, hidden), through all blocks; returns the last `keep` of what comes out.
 
         They take the positions from `position` on (by default behind the last): a lower one rolls the session back.
-        Raises MissingBlocksError when a lost hop cannot be replaced, UsageError when two peers refuse the rows,
-        or one for which there is no other.
+        Raises MissingBlocksError when a lost hop cannot be replaced, UsageError when two peers or all refuse the rows.
         """
         start = self._answered if position is None else position
         if not 0 <= start <= self._answered:
@@ -151,7 +150,7 @@ class Session:
             return rows
         self._inputs.write(start, rows)
         self._answered = start
-        self._blame.clear()
+        self._blame.begin(rows)
         kept: list[Tensor] = []
         await self._until_it_works(lambda: self._advance(keep, kept))
         return join_rows(kept) if kept else rows.rows(0, 0)
@@ -360,37 +359,24 @@ class Session:
             case Failed(code="next_hop_lost") if message.step in self._flights:
                 self._cut_off(hop, message.message)
             case Failed() if message.step is None or message.step in self._flights:
-                if message.code == "bad_request" and hop in self._hops:
-                    self._rows_refused(hop, message)
-                else:
-                    self._connections.lose(hop, as_peer_error(hop.plan.peer, message))
+                verdict = self._blame.verdict(hop, message)
+                if isinstance(verdict, UsageError):
+                    self._flights.fail(verdict)
+                    return
+                for suspect, error in verdict.items():
+                    self._connections.lose(suspect, error)
             case Failed():
                 log.debug("session %s: a stale failure: %s", self.label, message.message)
             case _:
                 self._connections.lose(hop, PeerFaultError(hop.plan.peer, f"sent {type(message).__name__}"))
-
-    def _rows_refused(self, hop: HopLink, message: Failed) -> None:
-        """A hop says that what it was sent is wrong. It may be our mistake only where we are the ones who sent it."""
-        flight = self._flights.waiting(message.step) if message.step is not None else None
-        first = flight.first if flight is not None else 0  # in a replay, hops before that one were sent no rows
-        index = self._hops.index(hop)
-        if index == first == 0 and (ours := self._blame.believed(hop.plan.peer, message.message)):
-            self._flights.fail(ours)
-            return
-        self._connections.lose(hop, as_peer_error(hop.plan.peer, message))
-        if message.step is not None and index >= max(first, 1):  # one of the two is wrong, and we cannot tell which
-            sender, by = self._hops[index - 1], short_id(hop.plan.peer)
-            self._connections.lose(sender, PeerFaultError(sender.plan.peer, f"its rows are refused by {by}"))
 
     def _take(self, hop: HopLink, result: Result, flight: Flight) -> None:
         """Rows from a hop: an answer if they come from where the step ends, or to be relayed to the next hop."""
         following = self._hops.index(hop) + 1
         ends_at = flight.first + flight.replay if flight.replay else len(self._hops)
         if following == ends_at:
-            if result.hidden.tokens != flight.keep and not hop.relay:
-                self._connections.lose(hop, PeerFaultError(hop.plan.peer, f"answered {result.hidden.tokens} rows"))
-            elif flight.keep and result.hidden.codec != "exact":
-                self._connections.lose(hop, PeerFaultError(hop.plan.peer, f"answered {result.hidden.codec} rows"))
+            if flaw := self._blame.flaw(hop, result.hidden, flight):
+                self._connections.lose(hop, PeerFaultError(hop.plan.peer, f"answered {flaw}"))
             else:
                 if self.tracer is not None and not flight.replay:
                     self.tracer.took(flight, result, self.route.hops)
