@@ -36,6 +36,7 @@ from llmasos.client.openai_fields import ApiError, Fields, parse_body, shown
 from llmasos.config import ClientConfig, GatewayConfig
 from llmasos.console import cannot_listen
 from llmasos.errors import MissingBlocksError, UsageError
+from llmasos.routing.view import Checkpoint
 from llmasos.span import Span, gaps
 from llmasos.tasks import TaskSet
 
@@ -72,6 +73,7 @@ class Gateway:
         self._config = config
         self._created = int(time.time())
         self._sources: dict[str, str] = {}  # the swarm's name of a model -> what to load it from
+        self._checkpoints: dict[str, Checkpoint] = {}  # of those whose source was read
         self._door = Door(config, load_keys(config.api_key_file) if config.api_key_file else None, self.metrics)
 
     def app(self) -> web.Application:
@@ -100,7 +102,9 @@ class Gateway:
 
     async def _background(self, app: web.Application) -> AsyncIterator[None]:
         for source in self._config.models:
-            self._sources[(await asyncio.to_thread(resolve, source)).name] = source
+            spec = await asyncio.to_thread(resolve, source)
+            self._sources[spec.name] = source
+            self._checkpoints[spec.name] = Checkpoint(spec.digest, spec.blocks)
         tasks = TaskSet()
         tasks.spawn(self.watch.run(), "samples of the gateway")
         yield
@@ -203,14 +207,22 @@ class Gateway:
         return [name for name in names if self._source(name) and (not allowed or name in allowed)]
 
     def _missing(self, model: dict[str, Any]) -> list[str]:
-        """The blocks of a model that no peer serves in the numbers that are asked for here."""
+        """The blocks of our checkpoint of a model that no peer serves in the numbers that are asked for here.
+
+        Anybody can announce another one under its name, in any number of copies. Where ours is not known yet, it is the
+        one that lacks the least.
+        """
+        known = self._checkpoints.get(model["model"])
         numbers = (self._numbers.dtype, self._numbers.quantization)
-        usable = [
-            Span.parse(peer["blocks"])
-            for peer in model["peers"]
-            if peer["state"] == "online" and (peer["dtype"], peer["quantization"]) == numbers
-        ]
-        return [str(gap) for gap in gaps(usable, model["blocks"])] if model["blocks"] else ["auto"]
+        usable: dict[Checkpoint, list[Span]] = {known: []} if known else {}
+        for peer in model["peers"]:
+            checkpoint = Checkpoint(peer["digest"], peer["model_blocks"])
+            if known is None or checkpoint == known:
+                spans = usable.setdefault(checkpoint, [])
+                if peer["state"] == "online" and (peer["dtype"], peer["quantization"]) == numbers:
+                    spans.append(Span.parse(peer["blocks"]))
+        lacking = [gaps(spans, checkpoint.blocks) for checkpoint, spans in usable.items()]
+        return [str(gap) for gap in min(lacking, key=lambda spans: sum(map(len, spans)))]
 
     def _source(self, name: str) -> str:
         """What to load a model of the swarm from; empty for a name that means nothing here."""
@@ -228,12 +240,16 @@ class Gateway:
                 if model["model"] == name and self._source(name) and (not allowed or name in allowed):
                     raise self._why(name, model)
             raise _unknown(name, usable)
-        return await self._client.generator(self._source(name))
+        generator = await self._client.generator(self._source(name))
+        self._checkpoints[name] = Checkpoint(generator.spec.digest, generator.spec.blocks)
+        return generator
 
     def _why(self, name: str, model: dict[str, Any]) -> MissingBlocksError:
         dtype, quantization = self._numbers.dtype, self._numbers.quantization
         wanted = dtype if quantization == "none" else f"{dtype} {quantization}"
-        why = "" if model["missing"] else f"others have, but not in {wanted}"
+        ours = self._checkpoints.get(name) in (None, (model["digest"], model["blocks"]))
+        others = f"others have, but not in {wanted}" if ours else "others have, but of another checkpoint"
+        why = "" if model["missing"] else others
         return MissingBlocksError(name, self._missing(model), why=why).wanting(dtype, quantization)
 
     async def _generator_or_only(self, request: web.Request, name: str | None) -> Generator:
