@@ -1,7 +1,10 @@
 """A gateway as seen by the Python client: the same requests and results as in the swarm itself, over HTTP."""
 
 import json
+import os
 import re
+import socket
+import ssl
 from collections.abc import AsyncGenerator, Mapping, Sequence
 from contextlib import asynccontextmanager
 from typing import Any
@@ -22,6 +25,8 @@ from llmasos.errors import (
 CONNECT_TIMEOUT_S = 10.0
 SILENCE_TIMEOUT_S = 180.0
 """A gateway sends a comment every 15 s while a text is written; before that it may have us wait for a place."""
+
+KEY_HINT = "LLMasOS(endpoint, api_key=…)"
 
 Messages = Sequence[Mapping[str, Any]]
 
@@ -122,9 +127,19 @@ class HttpGateway:
                 yield answer
         except (aiohttp.ClientError, TimeoutError) as error:
             raise SwarmUnreachableError(
-                f"the gateway {self._url} does not answer: {error or type(error).__name__}",
+                f"the gateway {self._url} does not answer: {_why(error)}",
                 hint="is it running? llmasos gateway --join MULTIADDR",
             ) from error
+
+
+def _why(error: Exception) -> str:
+    """What the machine says of it; aiohttp's own words would repeat the address, and settings that nobody made."""
+    cause = getattr(error, "os_error", error)
+    if isinstance(cause, socket.gaierror | ssl.SSLError):
+        return cause.strerror or str(cause)
+    if isinstance(cause, OSError) and cause.errno:
+        return os.strerror(cause.errno)
+    return str(error) or type(error).__name__
 
 
 async def _error_object(answer: aiohttp.ClientResponse) -> dict[str, Any]:
@@ -145,7 +160,7 @@ def _error(found: Mapping[str, Any], status: int) -> LLMasOSError:
     if code == "model_not_found":
         return UnknownModelError(message)
     if status in (401, 403):
-        return UsageError(message, hint="LLMasOS(endpoint, api_key=…)")
+        return UsageError(message, hint=KEY_HINT)
     if status < 500 and status != 429:
         return UsageError(message)
     return SwarmError(message)
