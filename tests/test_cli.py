@@ -222,6 +222,25 @@ def test_a_mistyped_address_is_told_before_anything_is_loaded(name: str) -> None
     assert not re.search(r"\| +(torch|transformers|hivemind)$", done.stderr, re.MULTILINE)
 
 
+INTERRUPTED = """
+import runpy, signal, sys
+
+class CtrlC:
+    def find_spec(self, name, *_):
+        if name == "llmasos.console":
+            signal.raise_signal(signal.SIGINT)
+
+sys.meta_path.insert(0, CtrlC())
+sys.argv = ["llmasos", "--version"]
+runpy.run_module("llmasos", run_name="__main__")
+"""
+
+
+def test_ctrl_c_before_the_command_is_there_is_quiet() -> None:
+    done = command("-c", INTERRUPTED)
+    assert (done.returncode, done.stdout, done.stderr) == (130, "", "")
+
+
 # --- a swarm without peers ------------------------------------------------------------------------------------------
 
 
