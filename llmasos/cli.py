@@ -4,7 +4,8 @@ import asyncio
 import json
 import sys
 from argparse import ArgumentParser, Namespace
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -26,6 +27,9 @@ if TYPE_CHECKING:
 async def generate(args: Namespace) -> None:
     """Write a completion to stdout: piece by piece, or as one JSON object."""
     prompt = _prompt(args.prompt)
+    if args.trace is not None:
+        with _writing(args.trace):  # else a whole text is written first
+            args.trace.open("a").close()
     say(f"joining the swarm, loading the ends of {args.model}")
     from llmasos.blocks.lean import import_lean
 
@@ -66,10 +70,8 @@ async def generate(args: Namespace) -> None:
 def _save_trace(trace: "Trace", path: Path) -> None:
     from llmasos.client.trace import chrome_trace
 
-    try:
+    with _writing(path):
         path.write_text(json.dumps(chrome_trace(trace)), encoding="utf-8")
-    except OSError as error:
-        raise UsageError(f"{path} cannot be written: {error.strerror}") from error
     head = ("blocks", "peer", "queue", "compute", "network")
     hops = ((hop, (hop.queue_ms, hop.compute_ms, hop.network_ms)) for hop in trace.hops)
     tell(
@@ -78,6 +80,14 @@ def _save_trace(trace: "Trace", path: Path) -> None:
         left=head[:2],
     )
     say(f"{len(trace.steps)} steps are in {path}: open it at https://ui.perfetto.dev", style="dim")
+
+
+@contextmanager
+def _writing(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise UsageError(f"{path} cannot be written: {error.strerror}") from error
 
 
 async def status(args: Namespace) -> None:

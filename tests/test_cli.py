@@ -164,6 +164,7 @@ def test_the_version_goes_to_stdout() -> None:
         ([*LLMASOS, "status"], "--join"),
         ([*LLMASOS, "status", "--join", "127.0.0.1:4001"], "is not the multiaddr of a peer"),
         ([*LLMASOS, "chat", "--join", "http://127.0.0.1:8000"], "not of a gateway"),
+        ([*LLMASOS, "generate", "Hello", "--join", NOBODY.format(port=9), "--trace", "/no/t"], "/no/t cannot be"),
         ([*LLMASOS, "generate", "Hello", "--join", "x", "--max-new-tokens", "0"], "at least 1"),
         ([*LLMASOS, "generate", "Hello", "--join", "x", "--temperature", "warm"], "invalid float"),
         (["-m", "sim", "local", "--peers", "0"], "at least 1"),
