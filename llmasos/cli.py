@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import os
 import sys
 from argparse import ArgumentParser, Namespace
 from collections.abc import Callable, Coroutine, Iterator
@@ -13,15 +14,17 @@ from llmasos import __version__
 from llmasos.cli_route import add_route, route
 from llmasos.cli_serve import add_gateway, add_key, add_up, gateway, key, up
 from llmasos.client.chat import add_chat, chat, tell_event
-from llmasos.client.options import add_codec, add_draft, add_numbers, client_config
+from llmasos.client.options import FLAGS, add_codec, add_draft, add_numbers, client_config, is_gateway
 from llmasos.config import NetworkConfig
 from llmasos.console import parser, progress, run, say, set_up_logging, show, subcommand, tell, whole
 from llmasos.doctor import add_doctor, doctor
-from llmasos.errors import UsageError, serve_command
+from llmasos.errors import LLMasOSError, UsageError, serve_command
 from llmasos.multiaddr import parse_multiaddr
 
 if TYPE_CHECKING:
     from llmasos.client.trace import Trace
+
+API_KEY = "LLMASOS_API_KEY"
 
 
 async def generate(args: Namespace) -> None:
@@ -30,7 +33,10 @@ async def generate(args: Namespace) -> None:
     if args.trace is not None:
         with _writing(args.trace):  # else a whole text is written first
             args.trace.open("a").close()
-    say(f"joining the swarm, loading the ends of {args.model}")
+    if is_gateway(args.join):
+        say(f"asking the gateway {args.join[0]}")
+    else:
+        say(f"joining the swarm, loading the ends of {args.model}")
     from llmasos.blocks.lean import import_lean
 
     import_lean()
@@ -46,7 +52,8 @@ async def generate(args: Namespace) -> None:
         "stop": args.stop,
         "trace": args.trace is not None,
     }
-    async with AsyncLLMasOS(args.join, config=client_config(args), on_event=tell_event) as client:
+    config = client_config(args)
+    async with AsyncLLMasOS(args.join, config=config, api_key=_api_key(args), on_event=tell_event) as client:
         result: Generation | None = None
         async for piece in client.stream(prompt, args.model, **options):
             if isinstance(piece, Generation):
@@ -92,15 +99,15 @@ def _writing(path: Path) -> Iterator[None]:
 
 async def status(args: Namespace) -> None:
     """What the swarm serves: a table, or one JSON object."""
-    found = await _look(args.join)
+    found = await _look(args)
     if args.json:
         show(json.dumps(found, ensure_ascii=False))
         return
     if not found["models"]:
-        join = "MULTIADDR" if _is_gateway(args.join) else args.join[0]
+        join = "MULTIADDR" if is_gateway(args.join) else args.join[0]
         say(f"no peer serves blocks here; start one: {serve_command('auto', 'smollm2', join)}")
     for model in found["models"]:
-        _show_model(model, "MULTIADDR" if _is_gateway(args.join) else args.join[0])
+        _show_model(model, "MULTIADDR" if is_gateway(args.join) else args.join[0])
 
 
 async def models(args: Namespace) -> None:
@@ -117,7 +124,7 @@ async def models(args: Namespace) -> None:
     for name, alias in ALIASES.items():
         spec = await asyncio.to_thread(resolve, name)
         found.append({"model": name, "alias_of": alias.repository, "blocks": spec.blocks, "digest": spec.digest})
-    for served in (await _look(args.join))["models"] if args.join else []:
+    for served in (await _look(args))["models"] if args.join else []:
         entry = next((entry for entry in found if entry["model"] == served["model"]), None)
         if entry is None:
             found.append(entry := {"model": served["model"], "alias_of": None, "blocks": served["blocks"]})
@@ -148,12 +155,12 @@ async def _pull(args: Namespace) -> None:
     say(f"{pulled.files} files, {pulled.size_bytes / 1e6:,.0f} MB, checksums are right", style="dim")
 
 
-async def _look(join: list[str]) -> dict[str, Any]:
+async def _look(args: Namespace) -> dict[str, Any]:
     """The object of `status --json`."""
-    if _is_gateway(join):
+    if is_gateway(args.join):
         from llmasos.client.async_client import AsyncLLMasOS
 
-        async with AsyncLLMasOS(join) as client:
+        async with AsyncLLMasOS(args.join, api_key=_api_key(args)) as client:
             return await client.status()
     say("joining the swarm", style="dim")
     from llmasos.p2p import P2PNetwork
@@ -161,7 +168,7 @@ async def _look(join: list[str]) -> dict[str, Any]:
     from llmasos.routing.view import status as describe
 
     async with await P2PNetwork.create(NetworkConfig(listen=False)) as network:
-        await network.join(join)
+        await network.join(args.join)
         directory = Directory(network)
         await directory.refresh_all()
         return describe(directory.view, network.now())
@@ -204,8 +211,20 @@ def _prompt(text: str) -> str:
     return text
 
 
+def _api_key(args: Namespace) -> str | None:
+    """What opens the gateway that is asked; nothing else is shown the key in the environment."""
+    return (args.api_key or os.environ.get(API_KEY)) if is_gateway(args.join) else None
+
+
 def _add_join(command: ArgumentParser, *, required: bool = True) -> None:
-    command.add_argument("--join", action="append", required=required, metavar="MULTIADDR", help="a peer of the swarm")
+    command.add_argument(
+        "--join", action="append", required=required, metavar="MULTIADDR", help="a peer of the swarm, or http://GATEWAY"
+    )
+    command.add_argument(
+        "--api-key",
+        metavar="KEY",
+        help=f"for a gateway that wants one (default: ${API_KEY}, which others on this machine cannot read)",
+    )
 
 
 def _add_json(command: ArgumentParser) -> None:
@@ -288,26 +307,42 @@ def build_parser() -> ArgumentParser:
     return top
 
 
+KEY_OPTION = f"--api-key KEY, or better {API_KEY} in the environment: whoever runs the gateway gives you one"
 THROUGH_GATEWAYS = ("generate", "status", "models")
 """Commands that an http:// address will do for; the others have to be in the swarm themselves."""
-
-
-def _is_gateway(join: list[str]) -> bool:
-    return any(address.startswith(("http://", "https://")) for address in join)
 
 
 def begin(args: Namespace) -> Coroutine[Any, Any, None]:
     """Run a command, once its addresses can be ones: what is mistyped is told before anything is loaded."""
     join: list[str] = getattr(args, "join", None) or []
-    if not _is_gateway(join):
+    if not is_gateway(join):
         for address in join:
             parse_multiaddr(address)
+        if getattr(args, "api_key", None) is not None:
+            raise UsageError("--api-key is for gateways", hint="give the address of one: --join http://HOST:PORT")
     elif args.command not in THROUGH_GATEWAYS:
         raise UsageError(
             f"llmasos {args.command} is part of the swarm itself: it wants the address of a peer, not of a gateway",
             hint="--join MULTIADDR: llmasos gateway and llmasos up print one as they start",
         )
-    return COMMANDS[args.command].run(args)
+    elif chosen := [flag for name, flag in FLAGS.items() if getattr(args, name, None) is not None]:
+        raise UsageError(
+            f"{', '.join(chosen)}: that is the gateway's choice, not of those who ask it",
+            hint="leave it out, or be part of the swarm yourself: --join MULTIADDR",
+        )
+    return _carry_out(args)
+
+
+async def _carry_out(args: Namespace) -> None:
+    """Run a command. What its error says to do next is for who types commands."""
+    try:
+        await COMMANDS[args.command].run(args)
+    except LLMasOSError as error:
+        from llmasos.client.http_client import KEY_HINT
+
+        if error.hint == KEY_HINT:
+            error.hint = KEY_OPTION
+        raise
 
 
 def main() -> None:

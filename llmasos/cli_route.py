@@ -7,7 +7,7 @@ import secrets
 from argparse import ArgumentParser, Namespace
 from typing import TYPE_CHECKING, Any
 
-from llmasos.client.options import add_numbers
+from llmasos.client.options import add_numbers, client_config
 from llmasos.config import PONG_TIMEOUT_S, NetworkConfig
 from llmasos.console import say, show, tell, whole
 from llmasos.errors import MissingBlocksError, PeerError
@@ -26,6 +26,7 @@ COSTS = ("link_s", "compute_s", "wait_s", "own_s", "risk_s", "doubt_s")
 async def route(args: Namespace) -> None:
     """Plan as a client that has just come would, and tell: hops on stdout, what they cost on stderr."""
     say("joining the swarm", style="dim")
+    config = client_config(args)
     from llmasos.p2p import P2PNetwork
     from llmasos.routing.directory import Directory
     from llmasos.routing.explain import as_json, explain
@@ -40,7 +41,7 @@ async def route(args: Namespace) -> None:
         checkpoint = view.checkpoint(args.model)
         if checkpoint is None:
             error = MissingBlocksError(args.model, ["auto"])
-            raise error.wanting(args.dtype, args.quantization)
+            raise error.wanting(config.dtype, config.quantization)
         await _measure(network, view.peers(args.model)[:MAX_PINGED], health)
         request = RouteRequest(
             model=args.model,
@@ -49,13 +50,13 @@ async def route(args: Namespace) -> None:
             prompt_tokens=args.prompt_tokens,
             new_tokens=args.new_tokens,
             kv_tokens=args.prompt_tokens + args.new_tokens,
-            dtype=args.dtype,
-            quantization=args.quantization,
+            dtype=config.dtype,
+            quantization=config.quantization,
         )
         try:
             explanation = explain(view, request, network.now(), random.Random(secrets.randbits(64)), health)
         except MissingBlocksError as error:
-            raise error.wanting(args.dtype, args.quantization) from None
+            raise error.wanting(config.dtype, config.quantization) from None
         found = as_json(view, args.model, explanation)
     if args.json:
         show(json.dumps(found, ensure_ascii=False))

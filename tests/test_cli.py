@@ -17,6 +17,7 @@ import pytest
 from bootstrap.__main__ import build_parser as bootstrap_parser
 from llmasos import __version__
 from llmasos.cli import build_parser as llmasos_parser
+from llmasos.client.options import client_config
 from llmasos.config import ClientConfig, PeerConfig
 from llmasos.console import progress, run, say, whole
 from llmasos.errors import LLMasOSError, UsageError
@@ -25,6 +26,7 @@ from sim.__main__ import build_parser as sim_parser
 
 ROOT = Path(__file__).parents[1]
 NOBODY = "/ip4/127.0.0.1/tcp/{port}/p2p/12D3KooWPk51brrtu3iCxm9Q5MUSArhMDM6ZsuF3ifu92U5HNJna"
+ASK_GATEWAY = ["generate", "Hello", "--join", "http://127.0.0.1:8000"]
 PEER = ["-m", "llmasos.peer"]
 LLMASOS = ["-m", "llmasos.cli"]
 BOOTSTRAP = ["-m", "bootstrap"]
@@ -125,8 +127,8 @@ def test_who_computes_in_which_numbers_can_be_chosen(name: str) -> None:
     parse = llmasos_parser().parse_args
     chosen = parse([*name.split(), "--join", "a", "--dtype", "bfloat16", "--quantization", "int8"])
     assert (chosen.dtype, chosen.quantization) == ("bfloat16", "int8")
-    usual, config = parse([*name.split(), "--join", "a"]), ClientConfig()
-    assert (usual.dtype, usual.quantization) == (config.dtype, config.quantization)
+    assert client_config(chosen) == ClientConfig(dtype="bfloat16", quantization="int8")
+    assert client_config(parse([*name.split(), "--join", "a"])) == ClientConfig()
 
 
 @pytest.mark.parametrize("arguments", [["--debug", "status", "--join", "a"], ["status", "--join", "a", "--debug"]])
@@ -164,6 +166,10 @@ def test_the_version_goes_to_stdout() -> None:
         ([*LLMASOS, "status"], "--join"),
         ([*LLMASOS, "status", "--join", "127.0.0.1:4001"], "is not the multiaddr of a peer"),
         ([*LLMASOS, "chat", "--join", "http://127.0.0.1:8000"], "not of a gateway"),
+        ([*LLMASOS, *ASK_GATEWAY, "--dtype", "float32"], "--dtype: that is the gateway's choice"),
+        ([*LLMASOS, *ASK_GATEWAY, "--codec", "int8", "--draft", "m"], "--codec, --draft: that is the gateway's choice"),
+        ([*LLMASOS, *ASK_GATEWAY, "--quantization", "int8"], "--quantization: that is the gateway's choice"),
+        ([*LLMASOS, "status", "--join", NOBODY.format(port=9), "--api-key", "k"], "--api-key is for gateways"),
         ([*LLMASOS, "generate", "Hello", "--join", NOBODY.format(port=9), "--trace", "/no/t"], "/no/t cannot be"),
         ([*LLMASOS, "generate", "Hello", "--join", "x", "--max-new-tokens", "0"], "at least 1"),
         ([*LLMASOS, "generate", "Hello", "--join", "x", "--temperature", "warm"], "invalid float"),
