@@ -14,7 +14,7 @@ from llmasos import __version__
 from llmasos.cli_route import add_route, route
 from llmasos.cli_serve import add_gateway, add_key, add_up, gateway, key, up
 from llmasos.client.chat import add_chat, chat, tell_event
-from llmasos.client.options import FLAGS, add_codec, add_draft, add_numbers, client_config, is_gateway
+from llmasos.client.options import FLAGS, add_codec, add_draft, add_numbers, client_config, is_gateway, with_address
 from llmasos.config import NetworkConfig
 from llmasos.console import parser, progress, run, say, set_up_logging, show, subcommand, tell, whole
 from llmasos.doctor import add_doctor, doctor
@@ -330,18 +330,17 @@ def begin(args: Namespace) -> Coroutine[Any, Any, None]:
             f"{', '.join(chosen)}: that is the gateway's choice, not of those who ask it",
             hint="leave it out, or be part of the swarm yourself: --join MULTIADDR",
         )
-    return _carry_out(args)
+    return _carry_out(args, join)
 
 
-async def _carry_out(args: Namespace) -> None:
-    """Run a command. What its error says to do next is for who types commands."""
+async def _carry_out(args: Namespace, join: list[str]) -> None:
+    """Run a command. What its error says to type next is for who types commands, and for this swarm."""
     try:
         await COMMANDS[args.command].run(args)
     except LLMasOSError as error:
         from llmasos.client.http_client import KEY_HINT
 
-        if error.hint == KEY_HINT:
-            error.hint = KEY_OPTION
+        error.hint = KEY_OPTION if error.hint == KEY_HINT else with_address(error.hint, join)
         raise
 
 

@@ -17,10 +17,10 @@ import pytest
 from bootstrap.__main__ import build_parser as bootstrap_parser
 from llmasos import __version__
 from llmasos.cli import build_parser as llmasos_parser
-from llmasos.client.options import client_config
+from llmasos.client.options import client_config, with_address
 from llmasos.config import ClientConfig, PeerConfig
 from llmasos.console import progress, run, say, whole
-from llmasos.errors import LLMasOSError, UsageError
+from llmasos.errors import LLMasOSError, MissingBlocksError, UsageError
 from llmasos.peer.__main__ import build_parser as peer_parser
 from sim.__main__ import build_parser as sim_parser
 
@@ -229,6 +229,14 @@ def test_a_mistyped_address_is_told_before_anything_is_loaded(name: str) -> None
     assert not re.search(r"\| +(torch|transformers|hivemind)$", done.stderr, re.MULTILINE)
 
 
+def test_a_hint_is_pasted_as_it_is() -> None:
+    address = NOBODY.format(port=4001)
+    hint = MissingBlocksError("smollm2", ["3:30"]).wanting("bfloat16", "int8").hint
+    assert with_address(hint, [address, "another"]) == hint.replace("MULTIADDR", address)
+    assert with_address(hint, ["http://127.0.0.1:8000"]) == hint  # which peer stands behind it is not known
+    assert with_address("try --model smollm2", [address]) == "try --model smollm2"
+
+
 INTERRUPTED = """
 import runpy, signal, sys
 
@@ -263,7 +271,10 @@ def test_an_empty_swarm_has_no_models() -> None:
         assert (done.returncode, json.loads(done.stdout)) == (0, {"models": []})
         shown = command(*LLMASOS, "status", "--join", address)
         assert (shown.returncode, shown.stdout) == (0, "")
-        assert f"python -m llmasos.peer --blocks auto --model smollm2 --join {address}" in shown.stderr
+        nothing = command(*LLMASOS, "route", "--join", address)
+        assert (nothing.returncode, nothing.stdout) == (1, "")
+        for stderr in (shown.stderr, nothing.stderr):
+            assert f"python -m llmasos.peer --blocks auto --model smollm2 --join {address}\n" in stderr
     finally:
         process.terminate()
         rest, talk = process.communicate(timeout=30)

@@ -18,7 +18,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
 
-from llmasos.client.options import add_codec, add_draft, add_numbers, client_config
+from llmasos.client.options import add_codec, add_draft, add_numbers, client_config, with_address
 from llmasos.console import say, talk, whole
 from llmasos.errors import LLMasOSError, UsageError
 
@@ -191,8 +191,9 @@ class Speaker:
                         yield event.text
                     elif isinstance(event, Generation):
                         yield event
-        except LLMasOSError:
+        except LLMasOSError as error:
             await self.close()  # the next turn tries with a fresh one
+            error.hint = with_address(error.hint, self._client.endpoints)
             raise
 
     async def _session(self, ids: list[int], new_tokens: int, context: int) -> "Dialogue":

@@ -2,6 +2,7 @@
 
 from argparse import ArgumentParser, Namespace
 from collections.abc import Sequence
+from shlex import quote
 
 from llmasos.config import ClientConfig
 
@@ -50,3 +51,11 @@ def client_config(args: Namespace) -> ClientConfig:
 def is_gateway(join: Sequence[str]) -> bool:
     """Whether the addresses of `--join` are not those of peers."""
     return any(address.startswith(("http://", "https://")) for address in join)
+
+
+def with_address(hint: str, join: Sequence[str]) -> str:
+    """The hint of an error with the address that was typed in the place of MULTIADDR, to be pasted as it is."""
+    unnamed = "--join MULTIADDR"
+    if not join or is_gateway(join) or not hint.endswith(unnamed):
+        return hint
+    return f"{hint.removesuffix(unnamed)}--join {quote(join[0])}"
