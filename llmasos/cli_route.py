@@ -5,12 +5,13 @@ import json
 import random
 import secrets
 from argparse import ArgumentParser, Namespace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from llmasos.client.options import add_numbers, client_config
 from llmasos.config import PONG_TIMEOUT_S, NetworkConfig
 from llmasos.console import say, show, tell, whole
-from llmasos.errors import MissingBlocksError, PeerError
+from llmasos.errors import MissingBlocksError, ModelError, PeerError
 from llmasos.network import Network
 from llmasos.wire import PROTOCOL, Contact, Ping, encode
 
@@ -27,6 +28,7 @@ async def route(args: Namespace) -> None:
     """Plan as a client that has just come would, and tell: hops on stdout, what they cost on stderr."""
     say("joining the swarm", style="dim")
     config = client_config(args)
+    new_tokens = await asyncio.to_thread(_new_tokens, args)
     from llmasos.p2p import P2PNetwork
     from llmasos.routing.directory import Directory
     from llmasos.routing.explain import as_json, explain
@@ -48,8 +50,8 @@ async def route(args: Namespace) -> None:
             digest=checkpoint.digest,
             model_blocks=checkpoint.blocks,
             prompt_tokens=args.prompt_tokens,
-            new_tokens=args.new_tokens,
-            kv_tokens=args.prompt_tokens + args.new_tokens,
+            new_tokens=new_tokens,
+            kv_tokens=args.prompt_tokens + new_tokens,
             dtype=config.dtype,
             quantization=config.quantization,
         )
@@ -64,7 +66,30 @@ async def route(args: Namespace) -> None:
     for hop in found["route"]["hops"]:
         show(f"{hop['blocks']}\t{hop['peer']}")
     if args.explain:
-        _explain(found, args)
+        _explain(found, args.prompt_tokens, new_tokens)
+
+
+def _new_tokens(args: Namespace) -> int:
+    """How many of them a text may have, as `generate` has it. Raises UsageError when the prompt alone is too long.
+
+    A model whose files are not on this machine says nothing of its context: they are not fetched for that.
+    """
+    from llmasos.blocks.lean import import_lean
+
+    import_lean()
+    from llmasos.blocks.registry import ALIASES, embedded, resolve
+    from llmasos.client.generation import GenerationRequest
+
+    wanted: int = args.new_tokens
+    alias = ALIASES.get(args.model)
+    if not (Path(args.model).exists() if alias is None else embedded(alias)):
+        return wanted
+    try:
+        context_tokens = resolve(args.model).context_tokens
+    except ModelError:
+        return wanted  # what peers announce has the name of something else here
+    request = GenerationRequest("", max_new_tokens=max(wanted, 1))
+    return min(wanted, request.new_tokens(args.prompt_tokens, context_tokens))
 
 
 async def round_trip_s(network: Network, record: "PeerRecord") -> float | None:
@@ -97,8 +122,8 @@ async def _measure(network: Network, peers: list["PeerRecord"], health: "Health"
     await asyncio.gather(*(ping(record) for record in peers))
 
 
-def _explain(found: dict[str, Any], args: Namespace) -> None:
-    say(f"\nwhat {args.prompt_tokens} prompt tokens and {args.new_tokens} new ones cost, in seconds:", style="bold")
+def _explain(found: dict[str, Any], prompt_tokens: int, new_tokens: int) -> None:
+    say(f"\nwhat {prompt_tokens} prompt tokens and {new_tokens} new ones cost, in seconds:", style="bold")
     _show_costs(found["route"])
     for other in found["runners_up"]:
         share = other["total_s"] / max(found["route"]["total_s"], 1e-9) - 1

@@ -171,6 +171,7 @@ def test_the_version_goes_to_stdout() -> None:
         ([*LLMASOS, *ASK_GATEWAY, "--quantization", "int8"], "--quantization: that is the gateway's choice"),
         ([*LLMASOS, "status", "--join", NOBODY.format(port=9), "--api-key", "k"], "--api-key is for gateways"),
         ([*LLMASOS, "generate", "Hello", "--join", NOBODY.format(port=9), "--trace", "/no/t"], "/no/t cannot be"),
+        ([*LLMASOS, "route", "--join", NOBODY.format(port=9), "--prompt-tokens", "8192"], "context of the model 8192"),
         ([*LLMASOS, "generate", "Hello", "--join", "x", "--max-new-tokens", "0"], "at least 1"),
         ([*LLMASOS, "generate", "Hello", "--join", "x", "--temperature", "warm"], "invalid float"),
         (["-m", "sim", "local", "--peers", "0"], "at least 1"),
