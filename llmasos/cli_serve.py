@@ -184,11 +184,10 @@ async def _to_try(client: "AsyncLLMasOS", config: GatewayConfig, numbers: Client
 
 def _whole(model: dict[str, Any], numbers: ClientConfig) -> bool:
     """Whether peers with these numbers have all blocks of a model, as `status` describes it."""
-    wanted = (model["digest"], "online", numbers.dtype, numbers.quantization)
     spans = [
         Span.parse(peer["blocks"])
         for peer in model["peers"]
-        if (peer["digest"], peer["state"], peer["dtype"], peer["quantization"]) == wanted
+        if peer["state"] == "online" and (peer["dtype"], peer["quantization"]) == (numbers.dtype, numbers.quantization)
     ]
     return bool(spans) and not gaps(spans, model["blocks"])
 

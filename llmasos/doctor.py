@@ -273,7 +273,7 @@ def _completing(entry: dict[str, Any], source: str, join: str) -> str:
     """The command that serves what is missing, in the numbers that miss just that: others would complete nobody."""
     spans: dict[tuple[str, str], list[Span]] = {}
     for peer in entry["peers"]:
-        if peer["state"] == "online" and peer["digest"] == entry["digest"]:
+        if peer["state"] == "online":
             spans.setdefault((peer["dtype"], peer["quantization"]), []).append(Span.parse(peer["blocks"]))
     lacking = {numbers: [str(gap) for gap in gaps(spans[numbers], entry["blocks"])] for numbers in sorted(spans)}
     alike = (numbers for numbers, missing in lacking.items() if missing == entry["missing"])

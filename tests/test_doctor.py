@@ -81,10 +81,8 @@ def test_a_warning_has_not_passed(verdicts: tuple[Verdict, ...], words: str) -> 
 def test_missing_blocks_are_served_in_the_numbers_that_miss_them() -> None:
     """Most peers of this swarm compute in others; the gap is that of int8."""
     peers = [("0:20", "float32", "int8"), ("0:3", "bfloat16", "none"), ("3:7", "bfloat16", "none")]
-    alike = {"digest": "d", "state": "online"}
-    shown = [{"blocks": blocks, "dtype": dtype, "quantization": other, **alike} for blocks, dtype, other in peers]
-    shown.append({**shown[0], "blocks": "20:30", "digest": "of another checkpoint"})
-    entry = {"digest": "d", "blocks": 30, "missing": ["20:30"], "peers": shown}
+    shown = [{"blocks": b, "dtype": d, "quantization": q, "state": "online"} for b, d, q in peers]
+    entry = {"blocks": 30, "missing": ["20:30"], "peers": shown}
     assert _completing(entry, "./a model.gguf", "ADDRESS") == (
         "python -m llmasos.peer --blocks 20:30 --model './a model.gguf' --quantize int8 --join ADDRESS"
     )

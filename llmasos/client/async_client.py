@@ -27,7 +27,7 @@ from llmasos.network import Network
 from llmasos.p2p import P2PNetwork
 from llmasos.routing.directory import Directory
 from llmasos.routing.planner import RouteRequest
-from llmasos.routing.view import status
+from llmasos.routing.view import SwarmView, status
 from llmasos.wire import row_bytes
 
 DEFAULT_MODEL = "smollm2"
@@ -264,7 +264,12 @@ class AsyncLLMasOS:
         directory = self._joined.directory
         await directory.refresh_all()
         assert self._network is not None
-        return status(directory.view, self._network.now())
+        return status(self.view, self._network.now())
+
+    @property
+    def view(self) -> SwarmView:
+        """What was looked up last; `status` looks. Not for a client of a gateway."""
+        return self._joined.directory.view
 
     @property
     def endpoints(self) -> tuple[str, ...]:
@@ -289,8 +294,7 @@ class AsyncLLMasOS:
 
     def relayed(self) -> list[str]:
         """The peers that can be reached through a relay only, by what they announce."""
-        view = self._joined.directory.view
-        records = [record for model in view.models() for record in view.peers(model)]
+        records = [record for model in self.view.models() for record in self.view.peers(model)]
         return sorted({record.peer for record in records if record.relayed})
 
     # --- below the surface -------------------------------------------------------------------------------------------

@@ -36,6 +36,7 @@ from llmasos.client.openai_fields import ApiError, Fields, parse_body, shown
 from llmasos.config import ClientConfig, GatewayConfig
 from llmasos.console import cannot_listen
 from llmasos.errors import MissingBlocksError, UsageError
+from llmasos.routing.records import PeerState
 from llmasos.routing.view import Checkpoint
 from llmasos.span import Span, gaps
 from llmasos.tasks import TaskSet
@@ -202,27 +203,28 @@ class Gateway:
     async def _usable(self, request: web.Request) -> list[str]:
         """The models whose blocks all have a peer, that this gateway can load, and that the key may use."""
         found = await self.watch.status(self._config.status_age_s)
-        names = [model["model"] for model in found["models"] if not self._missing(model)]
+        names = [model["model"] for model in found["models"] if not self._missing(model["model"])]
         allowed = request[KEY].models
         return [name for name in names if self._source(name) and (not allowed or name in allowed)]
 
-    def _missing(self, model: dict[str, Any]) -> list[str]:
+    def _missing(self, name: str) -> list[str]:
         """The blocks of our checkpoint of a model that no peer serves in the numbers that are asked for here.
 
         Anybody can announce another one under its name, in any number of copies. Where ours is not known yet, it is the
         one that lacks the least.
         """
-        known = self._checkpoints.get(model["model"])
+        known = self._checkpoints.get(name)
         numbers = (self._numbers.dtype, self._numbers.quantization)
         usable: dict[Checkpoint, list[Span]] = {known: []} if known else {}
-        for peer in model["peers"]:
-            checkpoint = Checkpoint(peer["digest"], peer["model_blocks"])
+        for record in self._client.view.peers(name):
+            checkpoint = Checkpoint(record.digest, record.model_blocks)
             if known is None or checkpoint == known:
                 spans = usable.setdefault(checkpoint, [])
-                if peer["state"] == "online" and (peer["dtype"], peer["quantization"]) == numbers:
-                    spans.append(Span.parse(peer["blocks"]))
+                if record.state is PeerState.ONLINE and (record.dtype, record.quantization) == numbers:
+                    spans.append(record.span)
         lacking = [gaps(spans, checkpoint.blocks) for checkpoint, spans in usable.items()]
-        return [str(gap) for gap in min(lacking, key=lambda spans: sum(map(len, spans)))]
+        least = min(lacking, key=lambda spans: sum(map(len, spans)), default=None)
+        return ["auto"] if least is None else [str(gap) for gap in least]
 
     def _source(self, name: str) -> str:
         """What to load a model of the swarm from; empty for a name that means nothing here."""
@@ -247,10 +249,10 @@ class Gateway:
     def _why(self, name: str, model: dict[str, Any]) -> MissingBlocksError:
         dtype, quantization = self._numbers.dtype, self._numbers.quantization
         wanted = dtype if quantization == "none" else f"{dtype} {quantization}"
-        ours = self._checkpoints.get(name) in (None, (model["digest"], model["blocks"]))
+        ours = self._checkpoints.get(name) in (None, self._client.view.checkpoint(name))
         others = f"others have, but not in {wanted}" if ours else "others have, but of another checkpoint"
         why = "" if model["missing"] else others
-        return MissingBlocksError(name, self._missing(model), why=why).wanting(dtype, quantization)
+        return MissingBlocksError(name, self._missing(name), why=why).wanting(dtype, quantization)
 
     async def _generator_or_only(self, request: web.Request, name: str | None) -> Generator:
         """The same; without a name, of the first model there is."""

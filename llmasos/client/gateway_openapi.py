@@ -155,8 +155,6 @@ _PEER = _object(
     {
         "peer": _TEXT,
         "name": _TEXT,
-        "digest": _TEXT,
-        "model_blocks": _COUNT,
         "blocks": _TEXT,
         "state": {"enum": ["joining", "online", "draining"]},
         "throughput": _NUMBER,
@@ -169,14 +167,7 @@ _PEER = _object(
     }
 )
 _SWARM_MODEL = _object(
-    {
-        "model": _TEXT,
-        "digest": _TEXT,
-        "blocks": _COUNT,
-        "covered": _FLAG,
-        "missing": _list(_TEXT),
-        "peers": _list(_PEER),
-    }
+    {"model": _TEXT, "blocks": _COUNT, "covered": _FLAG, "missing": _list(_TEXT), "peers": _list(_PEER)}
 )
 _SCHEMAS: dict[str, Schema] = {
     "Error": _object(

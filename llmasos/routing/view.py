@@ -248,7 +248,6 @@ def _model_status(view: SwarmView, model: str, now: float) -> dict[str, Any]:
     missing = view.missing(model)
     return {
         "model": model,
-        "digest": checkpoint.digest if checkpoint else "",
         "blocks": checkpoint.blocks if checkpoint else 0,
         "covered": not missing,
         "missing": [str(span) for span in missing],
@@ -256,8 +255,6 @@ def _model_status(view: SwarmView, model: str, now: float) -> dict[str, Any]:
             {
                 "peer": record.peer,
                 "name": record.name,
-                "digest": record.digest,
-                "model_blocks": record.model_blocks,
                 "blocks": str(record.span),
                 "state": str(record.state),
                 "throughput": record.throughput,

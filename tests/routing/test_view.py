@@ -180,7 +180,6 @@ def test_status_has_exactly_the_promised_shape() -> None:
         "models": [
             {
                 "model": "smollm2",
-                "digest": DIGEST,
                 "blocks": 30,
                 "covered": False,
                 "missing": ["4:7", "29:30"],
@@ -188,8 +187,6 @@ def test_status_has_exactly_the_promised_shape() -> None:
                     {
                         "peer": "alice",
                         "name": "A",
-                        "digest": DIGEST,
-                        "model_blocks": 30,
                         "blocks": "0:4",
                         "state": "online",
                         "throughput": 110.0,
@@ -217,8 +214,6 @@ def test_status_has_exactly_the_promised_shape() -> None:
 
 
 SHOWN = {
-    "digest": DIGEST,
-    "model_blocks": 30,
     "throughput": 110.0,
     "load": pytest.approx(0.2),
     "kv_free_tokens": 4_000,
