@@ -173,6 +173,10 @@ class Speaker:
             return "no session is open"
         return " → ".join(f"{hop.span} on {hop.peer[-8:]}" for hop in self._dialogue.session.route.hops)
 
+    def hint(self, error: LLMasOSError) -> str:
+        """What to type next, in this swarm."""
+        return with_address(error.hint, self._client.endpoints)
+
     async def answer(self, conversation: Conversation) -> AsyncGenerator["str | Generation", None]:
         """Pieces of the answer, and all about it at last."""
         from llmasos.blocks.sampling import SamplingParams
@@ -191,9 +195,8 @@ class Speaker:
                         yield event.text
                     elif isinstance(event, Generation):
                         yield event
-        except LLMasOSError as error:
+        except LLMasOSError:
             await self.close()  # the next turn tries with a fresh one
-            error.hint = with_address(error.hint, self._client.endpoints)
             raise
 
     async def _session(self, ids: list[int], new_tokens: int, context: int) -> "Dialogue":
@@ -389,8 +392,8 @@ async def _answer(conversation: Conversation, speaker: Speaker) -> None:
     except LLMasOSError as error:
         failed = True
         say(f"\nerror: {error.message}", style="bold red")
-        if error.hint:
-            say(f"  {error.hint}")
+        if hint := speaker.hint(error):
+            say(f"  {hint}")
     finally:
         sys.stdout.flush()
         if written or not failed:  # else the question stands, and /retry asks it again
