@@ -2,7 +2,8 @@
 
 import asyncio
 import threading
-from collections.abc import AsyncIterator, Callable, Coroutine, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Collection, Coroutine, Iterator, Sequence
+from concurrent.futures import CancelledError
 from functools import wraps
 from types import TracebackType
 from typing import Any, Concatenate, ParamSpec, Self, TypeVar, Unpack
@@ -43,6 +44,9 @@ class LLMasOS:
         on_event: OnEvent = ignore,
     ) -> None:
         self.asynchronous = AsyncLLMasOS(endpoint, config=config, api_key=api_key, on_event=on_event)
+        self._calls: set[asyncio.Task[Any]] = set()  # what somebody waits for; touched on the loop only
+        self._door = threading.Lock()  # behind it a call is on the loop, or it has not begun
+        self._closed = False
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name="llmasos-client", daemon=True)
         self._thread.start()
@@ -51,7 +55,7 @@ class LLMasOS:
         try:
             self.wait(self.asynchronous.__aenter__())
         except BaseException:
-            self._stop()
+            self.close()
             raise
         return self
 
@@ -61,10 +65,18 @@ class LLMasOS:
         self.close()
 
     def close(self) -> None:
-        """Leave the swarm. May be called twice."""
-        if self._thread.is_alive():
-            self.wait(self.asynchronous.close())
-            self._stop()
+        """Leave the swarm. Calls of other threads end with a UsageError. May be called twice."""
+        with self._door:
+            if self._closed or not self._thread.is_alive():
+                return
+            self._closed = True
+            leaving = asyncio.run_coroutine_threadsafe(self._leave(), self._loop)
+        try:
+            leaving.result()
+        finally:
+            self._loop.call_soon_threadsafe(self._loop.stop)
+            self._thread.join()
+            self._loop.close()
 
     generate_text = _blocking(AsyncLLMasOS.generate_text)
     generate = _blocking(AsyncLLMasOS.generate)
@@ -90,20 +102,41 @@ class LLMasOS:
 
         Raises UsageError once the client is closed.
         """
-        if not self._thread.is_alive():
-            work.close()
-            raise UsageError("the client is closed", hint="make a new one: with LLMasOS(endpoint=…) as client:")
-        future = asyncio.run_coroutine_threadsafe(work, self._loop)
+        with self._door:
+            if self._closed or not self._thread.is_alive():
+                work.close()
+                raise UsageError("the client is closed", hint="make a new one: with LLMasOS(endpoint=…) as client:")
+            future = asyncio.run_coroutine_threadsafe(self._call(work), self._loop)
         try:
             return future.result()
+        except CancelledError:
+            raise UsageError("the client was closed before the call was done") from None
         except BaseException:
             future.cancel()  # Ctrl-C in the caller's thread ends the generation too
             raise
 
-    def _stop(self) -> None:
-        self._loop.call_soon_threadsafe(self._loop.stop)
-        self._thread.join()
-        self._loop.close()
+    async def _call(self, work: Coroutine[Any, Any, T]) -> T:
+        task = asyncio.current_task()
+        assert task is not None
+        self._calls.add(task)
+        try:
+            return await work
+        finally:
+            self._calls.discard(task)
+
+    async def _leave(self) -> None:
+        """End the calls while there is a swarm to take leave of, then everything else."""
+        await _end(self._calls)
+        try:
+            await self.asynchronous.close()
+        finally:
+            await _end(asyncio.all_tasks() - {asyncio.current_task()})
+
+
+async def _end(tasks: Collection[asyncio.Task[Any]]) -> None:
+    for task in tasks:
+        task.cancel()
+    await asyncio.gather(*tasks, return_exceptions=True)
 
 
 async def _next_or_none(pieces: AsyncIterator[str]) -> str | None:

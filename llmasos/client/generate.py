@@ -8,7 +8,7 @@ import secrets
 from array import array
 from collections import deque
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
 from hashlib import blake2b
@@ -52,6 +52,16 @@ class Dialogue:
         del self.held[min(len(self.held), len(ids)) if common is None else common :]
 
 
+class _Thread(ThreadPoolExecutor):
+    """One thread; whoever comes when it has been let go learns what that means."""
+
+    def submit(self, work: Callable[..., T], /, *args: Any, **kwargs: Any) -> Future[T]:
+        try:
+            return super().submit(work, *args, **kwargs)
+        except RuntimeError as error:
+            raise UsageError("the client was closed before the text was whole") from error
+
+
 class Generator:
     """The model's ends on this machine: what turns text into rows and rows into text.
 
@@ -73,7 +83,7 @@ class Generator:
         self.tokenizer = tokenizer
         self._ends = ends
         self._grammars = Grammars(tokenizer, ends.vocab_size, spec.eos_token_ids)
-        self._thread = ThreadPoolExecutor(1, "model-ends")
+        self._thread = _Thread(1, "model-ends")
         self._head = SharedHead(ends, self._thread)
         self._secret = secrets.token_bytes(16)
 

@@ -65,6 +65,7 @@ class SharedHead:
 
     async def _serve(self) -> None:
         """Score until nobody waits. What goes wrong is told to those it concerns."""
+        batch: list[_Waiting] = []
         try:
             while self._waiting:
                 await self._gather()
@@ -78,6 +79,11 @@ class SharedHead:
                         waiting.answer.set_exception(waiting.error)
                     else:
                         waiting.answer.set_result(waiting.result)
+        except Exception as error:  # noqa: BLE001 - the thread is gone: whoever waits is told, and raises it
+            batch, self._waiting = [*batch, *self._waiting], []
+            for waiting in batch:
+                if not waiting.answer.done():
+                    waiting.answer.set_exception(error)
         finally:
             self._rounds = None
 
