@@ -168,14 +168,17 @@ class Gateway:
         name = f"{request[ID]}.{head.id[-6:]}"
         async with self.admission.enter(request[KEY], texts.count):
             self.watch.texts[name] = texts
+            answer = Answer(texts, head, self._config, self.metrics, calls=calls)
             try:
                 async with texts:
-                    answer = Answer(texts, head, self._config, self.metrics, calls=calls)
                     if options.stream:
                         return await answer.as_stream(request, self._door.headers(request))
                     return web.json_response(await answer.in_one_piece())
-            except asyncio.CancelledError:
-                self.metrics.cancelled.inc()
+            except (asyncio.CancelledError, ConnectionResetError) as error:
+                if answer.streamed is not None:  # who has all of it need not wait until we have tidied up
+                    return answer.streamed
+                if isinstance(error, asyncio.CancelledError):
+                    self.metrics.cancelled.inc()
                 raise
             finally:
                 self.watch.finished(name)

@@ -45,6 +45,8 @@ class Answer:
     """What becomes of a request's texts."""
 
     def __init__(self, texts: Texts, head: Head, config: GatewayConfig, metrics: Metrics, *, calls: bool) -> None:
+        self.streamed: web.StreamResponse | None = None
+        """The answer, once all of it has been written as events."""
         self._texts = texts
         self._head = head
         self._config = config
@@ -87,6 +89,7 @@ class Answer:
         await response.prepare(request)
         try:
             await self._write_events(response, first)
+            self.streamed = response
         except LLMasOSError as error:
             await self._write(response, _data(error_body(as_api_error(error))))
         except ConnectionResetError:

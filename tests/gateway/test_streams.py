@@ -3,10 +3,12 @@
 import asyncio
 import json
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 
 from llmasos.blocks.registry import ModelSpec
+from llmasos.client.gateway_texts import Texts
 from llmasos.peer.peer import Peer
 from tests.gateway.conftest import (
     CHAT,
@@ -41,6 +43,32 @@ async def test_a_client_that_goes_away_frees_every_hop(stream: bool, tiny_gatewa
     await until(lambda: tiny_gateway.gateway.admission.running == 0)
     assert await tiny_gateway.kv_is_free()
     assert (await (await tiny_gateway.http.get("/api/activity")).json())["running"] == []
+
+
+async def test_who_leaves_with_the_last_event_has_been_answered(
+    tiny_gateway: Served, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    end = Texts.__aexit__
+
+    async def end_slowly(texts: Texts, *error: Any) -> None:  # as over links, where hops have to be told
+        await end(texts, *error)
+        await asyncio.sleep(0.3)
+
+    monkeypatch.setattr(Texts, "__aexit__", end_slowly)
+
+    def counted() -> tuple[float, float]:
+        sample = tiny_gateway.gateway.metrics.registry.get_sample_value
+        answered = sample("llmasos_requests_total", {"endpoint": CHAT, "status": "200"})
+        return answered or 0.0, sample("llmasos_requests_cancelled_total") or 0.0
+
+    answered, cancelled = counted()
+    for _ in range(5):
+        answer = await tiny_gateway.http.post(CHAT, json={**HELLO, "max_tokens": 3, "stream": True})
+        await answer.content.readuntil(b"data: [DONE]\n\n")
+        answer.close()
+    await until(lambda: sum(counted()) == answered + cancelled + 5)
+    assert counted() == (answered + 5, cancelled)
+    assert await tiny_gateway.kv_is_free()
 
 
 async def test_a_client_that_goes_away_while_it_waits(tiny: ModelSpec) -> None:
