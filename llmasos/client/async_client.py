@@ -104,6 +104,8 @@ class AsyncLLMasOS:
             raise UsageError("a gateway is one endpoint alone", hint=f"give {urls[0]}, or multiaddrs")
         if api_key is not None and not urls:
             raise UsageError("api_key is for gateways", hint="give the http(s) address of one as the endpoint")
+        if urls and config not in (None, ClientConfig()):
+            raise UsageError("config is for clients that join a swarm", hint="a gateway goes by its own")
         self._gateway = HttpGateway(urls[0], api_key) if urls else None
         self._config = config or ClientConfig()
         self._network = network

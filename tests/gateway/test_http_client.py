@@ -6,6 +6,7 @@ import pytest
 
 from llmasos.blocks.registry import ModelSpec
 from llmasos.client.async_client import AsyncLLMasOS
+from llmasos.config import ClientConfig
 from llmasos.errors import MissingBlocksError, SwarmUnreachableError, UnknownModelError, UsageError
 from tests.gateway.conftest import Served, folder_of, serve
 
@@ -85,3 +86,10 @@ def test_a_key_is_for_gateways_and_never_shown() -> None:
     with pytest.raises(UsageError, match="api_key"):
         AsyncLLMasOS("/ip4/127.0.0.1/tcp/1/p2p/x", api_key="secret")
     assert "secret" not in repr(vars(AsyncLLMasOS("http://a", api_key="secret")))
+
+
+def test_a_config_is_for_swarms() -> None:
+    """What a gateway would not hear of is refused, not dropped."""
+    with pytest.raises(UsageError, match="config"):
+        AsyncLLMasOS("http://a", config=ClientConfig(dtype="bfloat16"))
+    AsyncLLMasOS("http://a", config=ClientConfig())
