@@ -2,7 +2,8 @@
 
     python -m benchmarks.prompts [--rounds 5] [--prompt-tokens 512] [--system-tokens 500] [--long-tokens 2000]
 
-1. Time to the first token of a prompt: transformers (a process of its own), one peer, both with all cores; three peers.
+1. Time to the first token of a prompt: transformers (a process of its own) and one peer, on
+   compiled blocks and on torch, with all cores each; three peers.
 2. Two prompts that begin alike: the second's time to its first token, as a share of the first's. Every round has a
    beginning of its own.
 3. A text that is being written while another client's long prompt is computed: p95 of the time between its tokens,
@@ -55,10 +56,13 @@ async def gaps_s(client: AsyncLLMasOS, prompt: str, enough: Callable[[int], bool
 
 async def measure(rounds: int, prompt_tokens: int, system_tokens: int, long_tokens: int) -> None:
     async with AsyncExitStack() as stack:
-        one, three = await swarm(stack, 1, threads=os.cpu_count() or 1), await swarm(stack, 3)
+        cores = os.cpu_count() or 1
+        one, three = await swarm(stack, 1, threads=cores), await swarm(stack, 3)
+        on_torch = await swarm(stack, 1, "--engine", "torch", threads=cores)
         plain, sharing = ClientConfig(share_prefixes=False), ClientConfig()
         to_one = await stack.enter_async_context(AsyncLLMasOS(one.address, config=plain))
         to_three = await stack.enter_async_context(AsyncLLMasOS(three.address, config=plain))
+        to_torch = await stack.enter_async_context(AsyncLLMasOS(on_torch.address, config=plain))
         other = await stack.enter_async_context(AsyncLLMasOS(one.address, config=plain))
         sharer = await stack.enter_async_context(AsyncLLMasOS(three.address, config=sharing))
         generator = await to_one.generator("smollm2")
@@ -81,6 +85,7 @@ async def measure(rounds: int, prompt_tokens: int, system_tokens: int, long_toke
             await note("transformers", alone())
             await note("1 peer", first_token_s(to_one, prompt))
             await note("3 peers", first_token_s(to_three, prompt))
+            await note("torch", first_token_s(to_torch, prompt))
             system = await tokens_of(generator, system_tokens, f"Rule {turn}")
             await note("first", first_token_s(sharer, system + " What did she read?"))
             await note("second", first_token_s(sharer, system + " And who was Marta, then?"))
@@ -113,6 +118,7 @@ def report(times: Times, prompt_tokens: int, system_tokens: int, long_tokens: in
     line("transformers", "transformers")
     line("1 peer", "1 peer", "transformers")
     line("3 peers", "3 peers", "transformers")
+    line("torch", "1 peer on torch", "transformers")
     print(f"Two prompts that share their first {system_tokens} tokens, through 3 peers:")
     line("first", "the first")
     line("second", "the second", "first")
