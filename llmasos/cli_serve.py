@@ -16,10 +16,10 @@ from llmasos.config import ClientConfig, GatewayConfig
 from llmasos.console import add_log_format, cannot_listen, say, show, stop_signal, whole
 from llmasos.errors import LLMasOSError, UsageError
 from llmasos.local import LocalSwarm, split_evenly
-from llmasos.span import Span, gaps
 
 if TYPE_CHECKING:
     from llmasos.client.async_client import AsyncLLMasOS
+    from llmasos.routing.view import SwarmView
 
 _ORIGIN = re.compile(r"(?P<scheme>[a-z][a-z0-9+.-]*)://(?P<host>[a-z0-9._-]+|\[[0-9a-f:.]+\])(?P<port>:\d{1,5})?/?")
 _USUAL_PORTS = {("http", ":80"), ("https", ":443")}
@@ -177,19 +177,18 @@ async def _to_try(client: "AsyncLLMasOS", config: GatewayConfig, numbers: Client
     from llmasos.blocks.registry import ALIASES, resolve
 
     known = [(await asyncio.to_thread(resolve, source)).name for source in config.models] + list(ALIASES)
-    served: list[str] = [model["model"] for model in (await client.status())["models"] if _whole(model, numbers)]
+    await client.status()
+    served = [name for name in client.view.models() if _whole(client.view, name, numbers)]
     usable = [name for name in known if name in served] + list(filter(looks_like_hub_id, served))
     return (usable + known)[0]
 
 
-def _whole(model: dict[str, Any], numbers: ClientConfig) -> bool:
-    """Whether peers with these numbers have all blocks of a model, as `status` describes it."""
-    spans = [
-        Span.parse(peer["blocks"])
-        for peer in model["peers"]
-        if peer["state"] == "online" and (peer["dtype"], peer["quantization"]) == (numbers.dtype, numbers.quantization)
-    ]
-    return bool(spans) and not gaps(spans, model["blocks"])
+def _whole(view: "SwarmView", model: str, numbers: ClientConfig) -> bool:
+    """Whether peers with these numbers have all blocks of what most serve of a model."""
+    from llmasos.routing.view import Numerics
+
+    checkpoint = view.checkpoint(model)
+    return checkpoint is not None and not view.lacking(model, checkpoint, Numerics(numbers.dtype, numbers.quantization))
 
 
 def _say_ready(url: str, join: str, config: GatewayConfig, model: str) -> None:

@@ -36,9 +36,7 @@ from llmasos.client.openai_fields import ApiError, Fields, parse_body, shown
 from llmasos.config import ClientConfig, GatewayConfig
 from llmasos.console import cannot_listen
 from llmasos.errors import MissingBlocksError, UsageError
-from llmasos.routing.records import PeerState
-from llmasos.routing.view import Checkpoint
-from llmasos.span import Span, gaps
+from llmasos.routing.view import Checkpoint, Numerics
 from llmasos.tasks import TaskSet
 
 log = logging.getLogger(__name__)
@@ -216,16 +214,9 @@ class Gateway:
         Anybody can announce another one under its name, in any number of copies. Where ours is not known yet, it is the
         one that lacks the least.
         """
-        known = self._checkpoints.get(name)
-        numbers = (self._numbers.dtype, self._numbers.quantization)
-        usable: dict[Checkpoint, list[Span]] = {known: []} if known else {}
-        for record in self._client.view.peers(name):
-            checkpoint = Checkpoint(record.digest, record.model_blocks)
-            if known is None or checkpoint == known:
-                spans = usable.setdefault(checkpoint, [])
-                if record.state is PeerState.ONLINE and (record.dtype, record.quantization) == numbers:
-                    spans.append(record.span)
-        lacking = [gaps(spans, checkpoint.blocks) for checkpoint, spans in usable.items()]
+        known, view = self._checkpoints.get(name), self._client.view
+        numbers = Numerics(self._numbers.dtype, self._numbers.quantization)
+        lacking = [view.lacking(name, each, numbers) for each in ([known] if known else view.checkpoints(name))]
         least = min(lacking, key=lambda spans: sum(map(len, spans)), default=None)
         return ["auto"] if least is None else [str(gap) for gap in least]
 

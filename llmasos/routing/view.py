@@ -194,6 +194,10 @@ class SwarmView:
         matching = [key for key in census if digest is None or key.digest == digest]
         return min(matching, key=lambda key: (-census[key], key), default=None)
 
+    def checkpoints(self, model: str) -> list[Checkpoint]:
+        """What is announced under the name of the model, sorted."""
+        return sorted(self._census.get(model, ()))
+
     def pools(self, model: str, checkpoint: Checkpoint) -> dict[Numerics, Pool]:
         """The offers that a route can be made of."""
         return self._pools.get(model, {}).get(checkpoint, {})
@@ -226,9 +230,13 @@ class SwarmView:
         checkpoint = self.checkpoint(model, digest)
         if checkpoint is None:
             return []
-        pools = sorted(self.pools(model, checkpoint).items())
-        lacking = [gaps((offer.record.span for offer in pool.offers()), checkpoint.blocks) for _, pool in pools]
+        lacking = [self.lacking(model, checkpoint, numerics) for numerics in sorted(self.pools(model, checkpoint))]
         return min(lacking, key=lambda spans: sum(map(len, spans)), default=[Span(0, checkpoint.blocks)])
+
+    def lacking(self, model: str, checkpoint: Checkpoint, numerics: Numerics) -> list[Span]:
+        """The ranges of blocks of one checkpoint that no ONLINE peer with these numbers serves."""
+        pool = self.pools(model, checkpoint).get(numerics, Pool())
+        return gaps((offer.record.span for offer in pool.offers()), checkpoint.blocks)
 
     def _online(self, model: str, digest: str | None) -> list[PeerRecord]:
         checkpoint = self.checkpoint(model, digest)
