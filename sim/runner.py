@@ -56,17 +56,19 @@ class Blocks:
         self._factors = np.full(len(powers), A, np.uint64)
         self._terms = np.array([0, *(term % modulus for term in terms)], np.uint64)
         self._dues = np.array([0, *(C * power % modulus for power in powers[1:])], np.uint64)
+        self._added: list[Row] = []  # by position: terms and dues, the same for all sessions
         self._scale = pow(A, len(span), modulus)
         self.nothing: Row = np.zeros(len(powers), np.uint64)
         """What stands before the first row."""
 
     def make(self, row: int, position: int, before: Row) -> Row:
         """What the blocks make of `row`, given what they made of the row before it."""
-        made = self._dues * (position + 1)
-        made += self._terms
-        made += before * self._factors
+        while position >= len(self._added):
+            self._added.append(self._dues * (len(self._added) + 1) + self._terms)
+        made = before * self._factors
+        made += self._added[position]
         made[0] = row
-        return np.add.accumulate(made)
+        return np.add.accumulate(made, out=made)
 
     def last(self, made: Row) -> int:
         """The output of the last block."""
