@@ -290,9 +290,8 @@ class AsyncLLMasOS:
 
     def round_trips(self) -> dict[str, float]:
         """Seconds to each peer that this client has measured."""
-        assert self._network is not None
-        health, now = self._joined.health, self._network.now()
-        return {peer: rtt_s for peer in health if (rtt_s := health.observed(peer, now).rtt_s) is not None}
+        health = self._joined.health
+        return {peer: health.rtt_s(peer) for peer in health if health.measured(peer)}
 
     def relayed(self) -> list[str]:
         """The peers that can be reached through a relay only, by what they announce."""

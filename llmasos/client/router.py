@@ -138,7 +138,7 @@ class Router:
         if isinstance(error, PeerRefusedError):
             self.health.refused(peer, error.retry_after_s, self._network.now())
         else:
-            self.health.failed(peer, self._network.now())
+            self.health.lost(peer, self._network.now())
 
     def _shortest_avoidance_s(self, model: str) -> float:
         """Until the first peer that has failed us may be tried again; zero when we avoid none."""

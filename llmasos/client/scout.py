@@ -5,8 +5,9 @@ them are asked, and the cheapest route through those that answer is taken. Two c
 crowd from gathering by chance (the busiest of ten peers has a fifth more than its share, and not a half); and a peer
 that hangs, or is farther than it seemed, costs a session nothing.
 
-All draws but the first are hopeful: whoever has never been measured is taken to be as near as the nearest. That is how
-the near ones are found in a world of which a client knows little.
+All draws but the first are hopeful: whoever has never been measured is taken to be as near as the nearest, and who was
+far is hoped to be nearer as time goes on. That is how the near ones are found in a world of which a client knows
+little, and found again after an answer that was late by chance.
 """
 
 import asyncio

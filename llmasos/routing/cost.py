@@ -6,7 +6,7 @@ For a request of `p` prompt rows and `n` further ones, over `L` blocks of a peer
     compute  L · (n · block_s + chunks · block_s + p · row_s)                    alone on the machine
     wait     queue_s + n · residual_s + L · n · active · CROWD_ROWS · row_s      what others there have announced
     own      the same for sessions of ours that the record cannot show yet
-    risk     FAILOVER_S for each recent failure
+    risk     FAILOVER_S · (its recent failures + n · what share of steps a hop is lost at, by all that we have seen)
     doubt    what a claim costs more because we did not believe it this time
 
 All of it is `fixed_s + L · block_s`, which is what makes planning fast.
@@ -61,6 +61,10 @@ class Work:
         """Seconds on the way into one hop and out of it, all steps together."""
         transfer_s = (self.prompt_tokens + self.new_tokens) * self.row_bytes / DEFAULT_BANDWIDTH_BYTES_PER_S
         return (1 + self.new_tokens) * (rtt_s + HOP_S) + transfer_s
+
+    def risk_s(self, losses_per_step: float) -> float:
+        """Seconds that a hop more is expected to cost in failovers: of two routes as fast the shorter one is better."""
+        return self.new_tokens * losses_per_step * FAILOVER_S
 
 
 class Offer(NamedTuple):
@@ -122,13 +126,18 @@ class Observed(NamedTuple):
     """Seconds of one block for one decoding row, waiting included; meaningless without evidence."""
     evidence: float = 0.0
     """Steps it was learned from, faded with time."""
-    failures: int = 0
+    failures: float = 0.0
+    """Recent ones; each counts for less as time goes on."""
     own_sessions: int = 0
     """Sessions of ours that began after the record was made, or after `load` was seen."""
     own_tokens: int = 0
     """The kv room that those have reserved."""
     load: Load | None = None
     """What it told us itself since its record was made."""
+    hoped_rtt_s: float = DEFAULT_RTT_S
+    """What a round trip may be by now, for plans that are hopeful."""
+    losses_per_step: float = 0.0
+    """How often a hop is lost, of any peer."""
 
     @property
     def weight(self) -> float:
@@ -183,7 +192,7 @@ def _shares(record: PeerRecord, work: Work, observed: Observed) -> _Shares:
         work.link_s(observed.rtt_s),
         (1.0 - seen) * (queued_tokens * row_s * span_blocks + n * wait_s),
         n * (crowded_s - wait_s),
-        observed.failures * FAILOVER_S,
+        observed.failures * FAILOVER_S + work.risk_s(observed.losses_per_step),
         scale * ((n + work.chunks) * record.block_seconds + work.prompt_tokens * row_s),
         n * sessions * crowd_s * scale,
         n * own_step_s,

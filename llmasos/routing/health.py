@@ -9,10 +9,11 @@ fails while it is left alone is the same news: a peer that takes twenty sessions
 has some blocks may be asked before its time is over, and is tried when it answers (`Scout.revive`).
 """
 
+from collections import deque
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from statistics import median
+from statistics import median, median_low
 
 from llmasos.routing.cost import DEFAULT_RTT_S, Load, Observed
 
@@ -30,13 +31,28 @@ MIN_GAIN = 0.1
 """Weight of the newest sample once there are many: the last ten tokens or so decide."""
 MAX_EVIDENCE = 64.0
 """Steps; more would only slow down forgetting."""
+OUTLIER = 2.0
+"""A step counts for no more than so many times the mean of those before: one that waited for a lost packet would make a
+near and fast peer look slow, and who looks slow is not used, so that nothing would correct it."""
+FIRST_STEPS = 3
+"""Before so many there is no mean to go by."""
+RTT_SAMPLES = 5
+"""Round trips remembered, of which the middle one counts: a lost packet makes one of them a hundred times as long."""
+FAILURE_HALF_LIFE_S = 10.0
+"""A failure says half as much after so long. Best of 3, 10, 30, 100 and for ever in the simulator (docs/log.md)."""
+MEMORY_STEPS = 10_000.0
+"""Steps of hops from which it is told how often one is lost: a few minutes of a busy gateway."""
+FEW_STEPS = 200.0
+"""So many, a text's worth, are taken to have gone well before the first: one loss says little."""
 MIN_KNOWN_RTTS = 3
 """From so many measured peers on, an unmeasured one is taken to be as far as the middle one."""
 
 
 @dataclass(slots=True)
 class _Ewma:
-    """A mean that follows: the first samples count in full, later ones by MIN_GAIN, evidence fades with time."""
+    """A mean that follows: the first samples count in full, later ones by MIN_GAIN and OUTLIER at most; evidence fades
+    with time.
+    """
 
     value: float = 0.0
     weight: float = 0.0
@@ -48,8 +64,28 @@ class _Ewma:
 
     def add(self, sample: float, now: float) -> None:
         weight = self.evidence(now)
+        if self.weight >= FIRST_STEPS:
+            sample = min(sample, OUTLIER * self.value)
         self.value += max(1.0 / (weight + 1.0), MIN_GAIN) * (sample - self.value)
         self.weight = min(weight + 1.0, MAX_EVIDENCE)
+        self.at = max(self.at, now)
+
+
+@dataclass(slots=True)
+class _RoundTrip:
+    """The middle one of the latest few, of two the shorter."""
+
+    value: float = 0.0
+    at: float = float("-inf")
+    latest: deque[float] = field(default_factory=lambda: deque(maxlen=RTT_SAMPLES))
+
+    @property
+    def known(self) -> bool:
+        return bool(self.latest)
+
+    def add(self, sample: float, now: float) -> None:
+        self.latest.append(sample)
+        self.value = median_low(self.latest)
         self.at = max(self.at, now)
 
 
@@ -65,13 +101,17 @@ class Ticket:
 @dataclass(slots=True)
 class _Peer:
     block_s: _Ewma = field(default_factory=_Ewma)
-    rtt_s: _Ewma = field(default_factory=_Ewma)
+    rtt_s: _RoundTrip = field(default_factory=_RoundTrip)
     load: Load | None = None
     failures: int = 0
     failed_at: float = float("-inf")
     failed_until: float = float("-inf")
     refused_until: float = float("-inf")
     tickets: list[Ticket] = field(default_factory=list)
+
+    def recent_failures(self, now: float) -> float:
+        faded: float = 0.5 ** (max(0.0, now - self.failed_at) / FAILURE_HALF_LIFE_S)
+        return self.failures * faded
 
 
 class Health:
@@ -81,6 +121,8 @@ class Health:
         self._peers: dict[str, _Peer] = {}  # in the order of last use
         self._typical_rtt_s: float | None = DEFAULT_RTT_S  # None: to be computed again; …
         self._nearest_rtt_s: float | None = DEFAULT_RTT_S  # … so here
+        self._steps = FEW_STEPS  # of all hops, …
+        self._losses = 0.0  # … and sessions that were lost on them
 
     def __len__(self) -> int:
         return len(self._peers)
@@ -102,6 +144,10 @@ class Health:
     def saw_step(self, peer: str, blocks: int, seconds: float, now: float) -> None:
         """One decoding row took `seconds` through `blocks` blocks of `peer`, waiting included, the link not."""
         self._touch(peer).block_s.add(max(0.0, seconds) / blocks, now)
+        self._steps += 1.0
+        if self._steps > MEMORY_STEPS:
+            self._steps /= 2
+            self._losses /= 2
 
     def saw_route(self, hops: Sequence[tuple[str, int]], seconds: float, now: float) -> None:
         """One decoding row took `seconds` (links not included) through all `hops`: (peer, blocks) of each.
@@ -129,6 +175,11 @@ class Health:
         known.failures = min(known.failures + 1, MAX_FAILURES)
         known.failed_at = now
         known.failed_until = now + min(BACKOFF_S * 2 ** (known.failures - 1), MAX_BACKOFF_S)
+
+    def lost(self, peer: str, now: float) -> None:
+        """It failed, and took a session of ours with it."""
+        self._losses += 1.0
+        self.failed(peer, now)
 
     def returned(self, peer: str, now: float) -> None:
         """It is there again: no need to leave it alone any longer, though its next failure counts as one more."""
@@ -182,30 +233,34 @@ class Health:
         """Everything about one peer. `since` is when its record was made: what we opened later is ours to count."""
         known = self._peers.get(peer)
         if known is None:
-            return Observed(rtt_s=self.typical_rtt_s)
+            return Observed(
+                rtt_s=self.typical_rtt_s, hoped_rtt_s=self.nearest_rtt_s, losses_per_step=self.losses_per_step
+            )
         load = known.load if known.load is not None and known.load.seen_at > since else None
         if load is not None:
             since = load.seen_at
         unseen = [ticket for ticket in known.tickets if ticket.opened_at >= since] if known.tickets else ()
         return Observed(
-            known.rtt_s.value if known.rtt_s.weight else self.typical_rtt_s,
+            known.rtt_s.value if known.rtt_s.known else self.typical_rtt_s,
             known.block_s.value,
             known.block_s.evidence(now) if known.block_s.weight else 0.0,
-            known.failures,
+            known.recent_failures(now) if known.failures else 0.0,
             len(unseen),
             sum(ticket.tokens for ticket in unseen) if unseen else 0,
             load,
+            self._hoped_rtt_s(known.rtt_s, now) if known.rtt_s.known else self.nearest_rtt_s,
+            self.losses_per_step,
         )
 
     def rtt_s(self, peer: str) -> float:
         """To a peer and back; what is typical, for one that was never measured."""
         known = self._peers.get(peer)
-        return known.rtt_s.value if known is not None and known.rtt_s.weight else self.typical_rtt_s
+        return known.rtt_s.value if known is not None and known.rtt_s.known else self.typical_rtt_s
 
     def measured(self, peer: str) -> bool:
         """Whether we know how far it is."""
         known = self._peers.get(peer)
-        return known is not None and known.rtt_s.weight > 0
+        return known is not None and known.rtt_s.known
 
     def heard_of(self, peer: str, *, since: float) -> bool:
         """Whether it has said how busy it is since then."""
@@ -213,10 +268,15 @@ class Health:
         return known is not None and known.load is not None and known.load.seen_at > since
 
     @property
+    def losses_per_step(self) -> float:
+        """How many sessions a hop has cost us each step, whatever peer it was on."""
+        return self._losses / self._steps
+
+    @property
     def typical_rtt_s(self) -> float:
         """What to expect of a peer that was never measured: it should not look nearer or farther than the known."""
         if self._typical_rtt_s is None:
-            known = [peer.rtt_s.value for peer in self._peers.values() if peer.rtt_s.weight]
+            known = [peer.rtt_s.value for peer in self._peers.values() if peer.rtt_s.known]
             self._typical_rtt_s = median(known) if len(known) >= MIN_KNOWN_RTTS else DEFAULT_RTT_S
         return self._typical_rtt_s
 
@@ -224,9 +284,16 @@ class Health:
     def nearest_rtt_s(self) -> float:
         """What to hope for of a peer that was never measured: to be as near as the nearest."""
         if self._nearest_rtt_s is None:
-            known = (peer.rtt_s.value for peer in self._peers.values() if peer.rtt_s.weight)
+            known = (peer.rtt_s.value for peer in self._peers.values() if peer.rtt_s.known)
             self._nearest_rtt_s = min(known, default=DEFAULT_RTT_S)
         return self._nearest_rtt_s
+
+    def _hoped_rtt_s(self, rtt: _RoundTrip, now: float) -> float:
+        """What a round trip may be by now. One that was long is hoped to be as short as the nearest some day: who looks
+        far is on no route, and only who is on one is asked.
+        """
+        faded: float = 0.5 ** (max(0.0, now - rtt.at) / HALF_LIFE_S)
+        return self.nearest_rtt_s + faded * (rtt.value - self.nearest_rtt_s)
 
     def _touch(self, peer: str) -> _Peer:
         known = self._peers.pop(peer, None) or _Peer()

@@ -109,6 +109,8 @@ class Quote(NamedTuple):
     fixed_s: float
     rate_s: float
     link_s: float
+    hoped_s: float
+    """What of `link_s` may be saved if it is nearer by now."""
     proven: bool
     end: int
     record: PeerRecord
@@ -152,16 +154,18 @@ class Market:
             if Numerics(record.dtype, record.quantization) not in pools:
                 continue
             fixed_s, rate_s = hop_price(record, self._work, seen)
-            link_s = self._work.link_s(seen.rtt_s)
-            self._quotes.append(Quote(fixed_s, rate_s, link_s, seen.proven, min(record.span.end, end), record))
+            link_s = self._work.link_s(seen.rtt_s) + self._work.risk_s(seen.losses_per_step)
+            hoped_s = (1 + self._work.new_tokens) * (seen.rtt_s - seen.hoped_rtt_s)
+            self._quotes.append(Quote(fixed_s, rate_s, link_s, hoped_s, seen.proven, min(record.span.end, end), record))
 
     def open(self, *, hopeful: bool, spread: float) -> None:
         """Toss the coins of a new plan; whom nobody has measured is `hopeful`ly near, or as far as is typical."""
         self._spread = spread
-        self._link_s = self._work.link_s(self._health.nearest_rtt_s if hopeful else self._health.typical_rtt_s)
+        rtt_s = self._health.nearest_rtt_s if hopeful else self._health.typical_rtt_s
+        self._link_s = self._work.link_s(rtt_s) + self._work.risk_s(self._health.losses_per_step)
         self._known_bids = {}
         for quote in self._quotes:
-            self._known_bids.setdefault(quote.record.span.start, []).append(self._bid(quote))
+            self._known_bids.setdefault(quote.record.span.start, []).append(self._bid(quote, hopeful=hopeful))
 
     def join(self, at: int, rides: list[Ride]) -> None:
         """Add to `rides` the bids worth hearing that begin at block `at`; at the first block, those before it too."""
@@ -222,9 +226,12 @@ class Market:
                     heard.append(bid)
         return heard
 
-    def _bid(self, quote: Quote) -> Bid:
+    def _bid(self, quote: Quote, *, hopeful: bool) -> Bid:
         """The price as this plan takes it: one draw tosses the coin of belief, and says how much dearer it gets."""
-        fixed_s, rate_s, link_s, proven, end, record = quote
+        fixed_s, rate_s, link_s, hoped_s, proven, end, record = quote
+        if hopeful:
+            fixed_s -= hoped_s
+            link_s -= hoped_s
         luck = 2.0 * self._draw()
         if luck >= 1.0:
             luck -= 1.0

@@ -82,8 +82,8 @@ def plan(
     """The cheapest route, or one that is dearer by no more than the share `spread`.
 
     `health` is what this client has seen of peers itself; to be `hopeful` is to take peers that it has never measured
-    to be as near as the nearest, and not as far as the typical one. Raises MissingBlocksError, which says for each gap
-    what stands in the way of the peers that have it.
+    to be as near as the nearest, and not as far as the typical one, and those that were far long ago to be nearer.
+    Raises MissingBlocksError, which says for each gap what stands in the way of the peers that have it.
     """
     return next(draw(view, request, now, rng, health, [(hopeful, spread)]))
 

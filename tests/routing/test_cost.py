@@ -24,9 +24,11 @@ observations = st.builds(
     rtt_s=st.floats(0, 1),
     block_s=st.floats(1e-5, 1),
     evidence=st.floats(0, 64),
-    failures=st.integers(0, 8),
+    failures=st.floats(0, 8),
     own_sessions=st.integers(0, 20),
     load=st.none() | st.builds(Load, st.integers(0, 20), st.integers(0, 900), st.just(4_000), st.just(0.0)),
+    hoped_rtt_s=st.floats(0, 1),
+    losses_per_step=st.floats(0, 1),
 )
 
 
@@ -89,6 +91,11 @@ def test_waiting_that_we_have_seen_is_not_counted_twice() -> None:
 def test_failures_cost_what_a_failover_does() -> None:
     seen = UNKNOWN._replace(failures=3)
     assert hop_cost(a_record(), 2, WORK, seen).risk_s == 3 * FAILOVER_S
+
+
+def test_each_hop_is_charged_with_what_hops_have_cost_in_failovers() -> None:
+    seen = UNKNOWN._replace(losses_per_step=0.002)
+    assert hop_cost(a_record(), 2, WORK, seen).risk_s == pytest.approx(50 * 0.002 * FAILOVER_S)
 
 
 def test_what_a_peer_has_just_said_of_its_load_counts_and_not_its_record() -> None:

@@ -71,6 +71,36 @@ def test_a_hopeful_plan_tries_those_that_were_never_measured() -> None:
     assert min(hopeful[f"peer{number}"] for number in range(3)) > 60
 
 
+def test_a_hopeful_plan_tries_those_again_that_were_far_long_ago() -> None:
+    view, health = a_view(*(a_record(f"peer{n}", "0:30", announced_at=NOW + 3_600) for n in range(2))), Health()
+    health.saw_rtt("peer1", 0.2, NOW)  # by chance: a packet was lost
+    health.saw_rtt("peer0", 0.002, NOW + 3_600)
+    plans = [
+        Counter(
+            plan(view, a_request(), NOW + 3_600, Random(seed), health, hopeful=hopeful).peers for seed in range(200)
+        )
+        for hopeful in (False, True)
+    ]
+    assert plans[0][("peer0",)] == 200
+    assert plans[1][("peer1",)] > 40
+
+
+def test_where_hops_are_often_lost_a_route_of_fewer_is_taken() -> None:
+    """Of two ways that take about as long, one over two fast peers."""
+    view = a_view(
+        a_record("whole", "0:30", block_seconds=0.0024, throughput=9.0),
+        *(a_record(f"half{span}", span, block_seconds=0.0005) for span in ("0:15", "15:30")),
+    )
+    health = Health()
+    for peer in ("whole", "half0:15", "half15:30"):
+        health.saw_rtt(peer, 0.002, NOW)
+    calm = plan(view, a_request(), NOW, Random(1), health, spread=0.0)
+    assert len(calm.hops) == 2
+    for number in range(40):
+        health.lost(f"stranger{number}", NOW)
+    assert plan(view, a_request(), NOW, Random(1), health, spread=0.0).peers == ("whole",)
+
+
 def test_without_a_spread_the_cheapest_wins_always() -> None:
     view = equals(3)
     view.add(a_record("peer9", "0:30", block_seconds=0.00068, announced_at=NOW - 10))

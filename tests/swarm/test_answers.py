@@ -58,7 +58,7 @@ def test_a_last_hop_that_answers_with_nonsense_is_replaced(answer: Tensor) -> No
                     answer_with(cluster.peers["bad"], answer)
                     assert to_numbers(await session.forward(from_numbers(NUMBERS[4:]))) == reference(5, NUMBERS)[4:]
                     assert session.route.peers[-1] == good
-                    assert client.router.health.observed(bad, client.network.now()).failures == 1
+                    assert client.router.health.observed(bad, client.network.now()).failures > 0
 
     run(main())
 
