@@ -3,9 +3,9 @@
 A peer's record is its word; this is our evidence. Nothing here reads a clock: the caller says when things happened, in
 the network time of the records. Memory is bounded: beyond `MAX_PEERS` the peer that was seen longest ago is forgotten.
 
-A failed peer is left alone for `BACKOFF_S`, twice as long after each further failure. It is then tried again, and only
-sessions that went well make us forget, each of them one failure: who dies more often than not is soon left alone. What
-fails while it is left alone is the same news: a peer that takes twenty sessions with it has died once. One that alone
+A failed peer is left alone for `BACKOFF_S`, twice as long after each further failure. It is then tried again, the later
+the dearer it is beside others, and only sessions that went well make us forget, each of them one failure: who dies more
+often than not is soon left alone. What fails while it is left alone is the same news: a peer that takes twenty sessions with it has died once. One that alone
 has some blocks may be asked before its time is over, and is tried when it answers (`Scout.revive`).
 """
 
@@ -38,8 +38,9 @@ FIRST_STEPS = 3
 """Before so many there is no mean to go by."""
 RTT_SAMPLES = 5
 """Round trips remembered, of which the middle one counts: a lost packet makes one of them a hundred times as long."""
-FAILURE_HALF_LIFE_S = 10.0
-"""A failure says half as much after so long. Best of 3, 10, 30, 100 and for ever in the simulator (docs/log.md)."""
+DISTRUST = 10.0
+"""Times the backoff: after so long a failure says half as much. Of 3, 10, 30, 100 and for ever it is the best in the
+simulator (docs/log.md); who fails again and again is distrusted for hours."""
 MEMORY_STEPS = 10_000.0
 """Steps of hops from which it is told how often one is lost: a few minutes of a busy gateway."""
 FEW_STEPS = 200.0
@@ -109,8 +110,13 @@ class _Peer:
     refused_until: float = float("-inf")
     tickets: list[Ticket] = field(default_factory=list)
 
+    @property
+    def backoff_s(self) -> float:
+        """How long it is left alone after the latest failure."""
+        return min(BACKOFF_S * 2.0 ** (self.failures - 1), MAX_BACKOFF_S)
+
     def recent_failures(self, now: float) -> float:
-        faded: float = 0.5 ** (max(0.0, now - self.failed_at) / FAILURE_HALF_LIFE_S)
+        faded: float = 0.5 ** (max(0.0, now - self.failed_at) / (DISTRUST * self.backoff_s))
         return self.failures * faded
 
 
@@ -174,7 +180,7 @@ class Health:
             return
         known.failures = min(known.failures + 1, MAX_FAILURES)
         known.failed_at = now
-        known.failed_until = now + min(BACKOFF_S * 2 ** (known.failures - 1), MAX_BACKOFF_S)
+        known.failed_until = now + known.backoff_s
 
     def lost(self, peer: str, now: float) -> None:
         """It failed, and took a session of ours with it."""

@@ -6,7 +6,7 @@ from llmasos.routing import health as health_module
 from llmasos.routing.cost import DEFAULT_RTT_S, PRIOR, Load
 from llmasos.routing.health import (
     BACKOFF_S,
-    FAILURE_HALF_LIFE_S,
+    DISTRUST,
     FEW_STEPS,
     HALF_LIFE_S,
     MAX_BACKOFF_S,
@@ -143,10 +143,11 @@ def test_a_failure_says_less_as_time_goes_on() -> None:
     health = Health()
     health.failed("alice", NOW)
     assert health.observed("alice", NOW).failures == 1
-    assert health.observed("alice", NOW + FAILURE_HALF_LIFE_S).failures == pytest.approx(0.5)
+    assert health.observed("alice", NOW + DISTRUST * BACKOFF_S).failures == pytest.approx(0.5)
     health.failed("alice", NOW + 60)
-    assert health.observed("alice", NOW + 60).failures == 2
-    assert health.avoided_for("alice", NOW + 60) == 2 * BACKOFF_S  # how long it is left alone is told by all of them
+    assert health.observed("alice", NOW + 60).failures == 2  # the first one is not forgotten …
+    assert health.avoided_for("alice", NOW + 60) == 2 * BACKOFF_S
+    assert health.observed("alice", NOW + 60 + 2 * DISTRUST * BACKOFF_S).failures == 1  # … and makes it fade slower
 
 
 def test_how_often_a_hop_is_lost_is_learned_from_all_of_them() -> None:
