@@ -3,10 +3,11 @@
 A peer's record is its word; this is our evidence. Nothing here reads a clock: the caller says when things happened, in
 the network time of the records. Memory is bounded: beyond `MAX_PEERS` the peer that was seen longest ago is forgotten.
 
-A failed peer is left alone for `BACKOFF_S`, twice as long after each further failure. It is then tried again, the later
-the dearer it is beside others, and only sessions that went well make us forget, each of them one failure: who dies more
-often than not is soon left alone. What fails while it is left alone is the same news: a peer that takes twenty sessions with it has died once. One that alone
-has some blocks may be asked before its time is over, and is tried when it answers (`Scout.revive`).
+A failed peer is left alone for `BACKOFF_S`, twice as long after each further failure. It is then tried again, if it is
+not too dear: a failure is on its price for a while. Only sessions that went well make us forget, each of them one
+failure: who dies more often than not is soon left alone. What fails while it is left alone is the same news: one that
+takes twenty sessions with it has died once. Who alone has some blocks may be asked before its time is over, and is
+tried when it answers (`Scout.revive`).
 """
 
 from collections import deque
@@ -31,7 +32,7 @@ MIN_GAIN = 0.1
 """Weight of the newest sample once there are many: the last ten tokens or so decide."""
 MAX_EVIDENCE = 64.0
 """Steps; more would only slow down forgetting."""
-OUTLIER = 2.0
+OUTLIER = 3.0
 """A step counts for no more than so many times the mean of those before: one that waited for a lost packet would make a
 near and fast peer look slow, and who looks slow is not used, so that nothing would correct it."""
 FIRST_STEPS = 3

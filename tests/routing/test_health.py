@@ -106,7 +106,7 @@ def test_a_step_that_waited_for_a_lost_packet_makes_no_peer_slow() -> None:
     for step in range(20):
         health.saw_step("alice", 8, 8 * 0.002, NOW + step / 100)
     health.saw_step("alice", 8, 0.2, NOW + 1)
-    assert health.observed("alice", NOW + 1).block_s == pytest.approx(0.002, rel=0.11)
+    assert health.observed("alice", NOW + 1).block_s == pytest.approx(0.002, rel=0.21)
 
 
 def test_a_peer_that_has_become_slow_is_found_out_within_a_text() -> None:
