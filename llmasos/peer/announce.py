@@ -1,10 +1,9 @@
 """What a peer tells the swarm about itself, and when."""
 
 import asyncio
+import json
 import logging
 from collections.abc import Callable
-
-import msgspec
 
 from llmasos.config import ANNOUNCE_EVERY_S, LEASE_S
 from llmasos.errors import ConnectionLostError
@@ -43,7 +42,7 @@ class Announcer:
     async def _publish(self) -> None:
         async with self._lock:  # a round and a change of state must not overtake each other
             record = self._describe(self._state)
-            index = msgspec.json.encode({"model": record.model})
+            index = json.dumps({"model": record.model}).encode()
             try:
                 stored = await self._network.publish(model_topic(record.model), record.to_bytes(), LEASE_S)
                 stored &= await self._network.publish(MODELS_TOPIC, index, LEASE_S)

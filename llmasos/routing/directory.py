@@ -4,13 +4,12 @@ Peers and clients share it. It decides nothing; it only keeps a `SwarmView` as f
 """
 
 import asyncio
+import json
 import logging
 from collections import Counter
 from statistics import median
 from typing import TYPE_CHECKING
 from weakref import WeakValueDictionary
-
-import msgspec
 
 from llmasos.errors import LLMasOSError
 from llmasos.routing.records import MAX_ID_CHARS, ClockError, PeerRecord, RecordError
@@ -119,7 +118,7 @@ class Directory:
         named: Counter[str] = Counter()
         for peer, published in (await self._network.lookup(MODELS_TOPIC)).items():
             try:
-                name = msgspec.json.decode(published.value)["model"]
+                name = json.loads(published.value)["model"]
             except (ValueError, KeyError, TypeError, RecursionError):  # the last: of a thousand brackets
                 name = None
             # as in a record: what is no topic, or cannot be printed, would stop whoever looks it up

@@ -7,15 +7,14 @@ whether its claims are *true*: `cost.py` decides how far they are believed.
 On the wire it is compact JSON. Unknown fields are ignored, so that a newer peer may say more than we understand.
 """
 
+import json
 import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import StrEnum
 from functools import lru_cache
-from typing import Any, TypeVar, get_args
-
-import msgspec
+from typing import Any, NoReturn, TypeVar, get_args
 
 from llmasos.config import MAX_RECORD_BYTES, DType
 from llmasos.errors import UsageError
@@ -171,7 +170,7 @@ class PeerRecord:
         """What is published. Raises RecordError when it would be larger than others accept."""
         fields: dict[str, Any] = {name: getattr(self, name) for name in _FIELDS}
         fields["span"] = str(self.span)
-        data = msgspec.json.encode(fields)
+        data = _ENCODER.encode(fields).encode()
         if len(data) > MAX_RECORD_BYTES:
             raise RecordError("", f"has {len(data)} bytes, more than {MAX_RECORD_BYTES}: announce fewer addresses")
         return data
@@ -215,6 +214,7 @@ def _parse(data: bytes) -> PeerRecord:
 
 
 _FIELDS = tuple(PeerRecord.__slots__)
+_ENCODER = json.JSONEncoder(separators=(",", ":"), ensure_ascii=False, allow_nan=False)
 
 
 # --- one field at a time ---------------------------------------------------------------------------------------------
@@ -242,12 +242,18 @@ def _parse_object(data: bytes) -> Mapping[str, Any]:
     if len(data) > MAX_RECORD_BYTES:
         raise RecordError("", f"has {len(data)} bytes, more than {MAX_RECORD_BYTES}")
     try:
-        fields = msgspec.json.decode(data)
-    except (ValueError, RecursionError) as error:  # bad UTF-8, bad JSON, NaN, 4,300 digits, a thousand brackets
+        fields = json.loads(data.decode("utf-8"), parse_constant=_refuse_constant)
+    except RecordError:
+        raise
+    except (ValueError, RecursionError) as error:  # bad UTF-8, bad JSON, 4,300 digits, a thousand brackets
         raise RecordError("", "is not JSON") from error
     if not isinstance(fields, dict):
         raise RecordError("", "is not a JSON object")
     return fields
+
+
+def _refuse_constant(name: str) -> NoReturn:
+    raise RecordError("", f"holds {name}, which is no number")
 
 
 _MISSING: Any = object()
