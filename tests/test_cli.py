@@ -246,6 +246,7 @@ class CtrlC:
         if name == "llmasos.console":
             signal.raise_signal(signal.SIGINT)
 
+signal.signal(signal.SIGINT, signal.default_int_handler)  # whoever runs the tests in the background ignores it
 sys.meta_path.insert(0, CtrlC())
 sys.argv = ["llmasos", "--version"]
 runpy.run_module("llmasos", run_name="__main__")
