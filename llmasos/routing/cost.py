@@ -60,7 +60,11 @@ class Work:
     def link_s(self, rtt_s: float) -> float:
         """Seconds on the way into one hop and out of it, all steps together."""
         transfer_s = (self.prompt_tokens + self.new_tokens) * self.row_bytes / DEFAULT_BANDWIDTH_BYTES_PER_S
-        return (1 + self.new_tokens) * (rtt_s + HOP_S) + transfer_s
+        return self.trips_s(rtt_s + HOP_S) + transfer_s
+
+    def trips_s(self, trip_s: float) -> float:
+        """Seconds of as many ways into a hop and out of it as there are steps."""
+        return (1 + self.new_tokens) * trip_s
 
     def risk_s(self, losses_per_step: float) -> float:
         """Seconds that a hop more is expected to cost in failovers: of two routes as fast the shorter one is better."""

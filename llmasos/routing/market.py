@@ -138,6 +138,7 @@ class Market:
         self._work = request.work
         self._health = health
         self._spread = self._link_s = 0.0
+        self._risk_s = self._work.risk_s(health.losses_per_step)  # of any hop
         self._typical_wait_s, self._typical_rate_s = _typical(self._pools, self._work)
         # Peers of which we know more than their records say are asked one by one; with pins there are no others.
         self._known = request.exclude.union(health)
@@ -154,15 +155,15 @@ class Market:
             if Numerics(record.dtype, record.quantization) not in pools:
                 continue
             fixed_s, rate_s = hop_price(record, self._work, seen)
-            link_s = self._work.link_s(seen.rtt_s) + self._work.risk_s(seen.losses_per_step)
-            hoped_s = (1 + self._work.new_tokens) * (seen.rtt_s - seen.hoped_rtt_s)
+            link_s = self._work.link_s(seen.rtt_s) + self._risk_s
+            hoped_s = self._work.trips_s(seen.rtt_s - seen.hoped_rtt_s)
             self._quotes.append(Quote(fixed_s, rate_s, link_s, hoped_s, seen.proven, min(record.span.end, end), record))
 
     def open(self, *, hopeful: bool, spread: float) -> None:
         """Toss the coins of a new plan; whom nobody has measured is `hopeful`ly near, or as far as is typical."""
         self._spread = spread
         rtt_s = self._health.nearest_rtt_s if hopeful else self._health.typical_rtt_s
-        self._link_s = self._work.link_s(rtt_s) + self._work.risk_s(self._health.losses_per_step)
+        self._link_s = self._work.link_s(rtt_s) + self._risk_s
         self._known_bids = {}
         for quote in self._quotes:
             self._known_bids.setdefault(quote.record.span.start, []).append(self._bid(quote, hopeful=hopeful))

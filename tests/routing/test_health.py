@@ -43,7 +43,7 @@ def test_a_peer_that_takes_many_sessions_with_it_has_failed_once() -> None:
     health = Health()
     for session in range(20):
         health.failed("crowded", NOW + session / 100)
-    assert 0.9 < health.observed("crowded", NOW + 1).failures < 1
+    assert health.observed("crowded", NOW + 1).failures == pytest.approx(0.5 ** (1 / (DISTRUST * BACKOFF_S)))
     assert health.avoided_for("crowded", NOW + BACKOFF_S) == 0
     health.failed("crowded", NOW + BACKOFF_S)
     assert health.avoided_for("crowded", NOW + BACKOFF_S) == 2 * BACKOFF_S

@@ -84,7 +84,9 @@ def test_a_middle_hop_that_sends_nonsense_is_replaced(rows: Tensor, successors: 
                 spoil(cluster, "bad", rows)
                 assert to_numbers(await session.forward(from_numbers(NUMBERS[4:]))) == reference(6, NUMBERS)[4:]
                 assert bad not in session.route.peers
-                assert client.router.health.observed(bad, client.network.now()).failures > 0
+                assert client.router.health.observed(bad, client.network.now()).failures == pytest.approx(
+                    1, abs=0.1
+                )  # a moment ago
 
     run(main())
 
@@ -139,6 +141,6 @@ def test_who_cannot_replay_speaks_for_himself_alone() -> None:
                 failures = [
                     client.router.health.observed(peer, client.network.now()).failures for peer in (first, second)
                 ]
-                assert failures[0] == 0 < failures[1]
+                assert failures == [0, pytest.approx(1, abs=0.1)]
 
     run(main())
