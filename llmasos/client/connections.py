@@ -20,29 +20,33 @@ log = logging.getLogger(__name__)
 
 
 class Connections:
-    """Speaks with the hops of a session. `hear` is given what they say, `lost` each hop that is no more."""
+    """Speaks with the hops of one session. `hear` is given what they say, `lost` each hop that is no more; `session` is
+    what the session is called on this machine.
+    """
 
     def __init__(
         self,
         network: Network,
         router: Router,
         config: ClientConfig,
+        session: str,
         hear: Callable[[HopLink, AnyMessage], None],
         lost: Callable[[HopLink, PeerError], None],
     ) -> None:
         self._network = network
         self._router = router
         self._config = config
+        self._session = session
         self._hear = hear
         self._lost = lost
         self._relayed: asyncio.Queue[tuple[HopLink, AnyMessage]] = asyncio.Queue()
         self._tasks = TaskSet()
         self._farewells = TaskSet()
 
-    def start(self, everybody: Callable[[], list[HopLink]], name: str) -> None:
+    def start(self, everybody: Callable[[], list[HopLink]]) -> None:
         """Begin to keep alive whomever `everybody()` names, and to relay."""
-        self._tasks.spawn(self._keep_alive(everybody), f"pings of {name}")
-        self._tasks.spawn(self._relay(), f"relay of {name}")
+        self._tasks.spawn(self._keep_alive(everybody), f"pings of session {self._session}")
+        self._tasks.spawn(self._relay(), f"relay of session {self._session}")
 
     async def close(self) -> None:
         """Say the goodbyes that are begun, and nothing else."""
@@ -57,7 +61,7 @@ class Connections:
         except PeerError as error:
             self.lose(hop, error)
         else:
-            hop.ticket = self._router.opened(hop.plan.peer, request.tokens)
+            hop.ticket = self._router.opened(hop.plan.peer, self._session, request.tokens)
             self._tasks.spawn(self._listen(hop), f"answers of {hop.session}")
 
     async def send(self, hop: HopLink, message: AnyMessage) -> None:

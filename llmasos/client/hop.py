@@ -12,8 +12,8 @@ from llmasos.errors import (
     PeerTimeoutError,
 )
 from llmasos.network import Network, Stream
-from llmasos.routing.health import Ticket
 from llmasos.routing.planner import Hop
+from llmasos.routing.tickets import Ticket
 from llmasos.wire import (
     PROTOCOL,
     AnyMessage,

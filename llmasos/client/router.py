@@ -13,8 +13,9 @@ from llmasos.config import ClientConfig
 from llmasos.errors import LLMasOSError, MissingBlocksError, PeerRefusedError
 from llmasos.network import Network
 from llmasos.routing.directory import Directory
-from llmasos.routing.health import Health, Ticket
+from llmasos.routing.health import Health
 from llmasos.routing.planner import Hop, Route, RouteRequest
+from llmasos.routing.tickets import Ticket
 from llmasos.routing.view import SwarmView
 from llmasos.span import Span
 from llmasos.wire import Trail
@@ -123,13 +124,13 @@ class Router:
         for hop, admitted_s in zip(hops, admitted, strict=True):
             self.health.saw_step(hop.peer, len(hop.span), admitted_s + hidden_s * len(hop.span), now)
 
-    def opened(self, peer: str, tokens: int) -> Ticket:
+    def opened(self, peer: str, session: str, tokens: int) -> Ticket:
         """A session begins on a peer; its record cannot show it yet."""
-        return self.health.opened(peer, tokens, self._network.now())
+        return self.health.opened(peer, session, tokens, self._network.now())
 
     def closed(self, ticket: Ticket, *, well: bool) -> None:
         """A session on a peer is over."""
-        self.health.closed(ticket)
+        self.health.closed(ticket, self._network.now())
         if well:
             self.health.succeeded(ticket.peer)
 

@@ -90,7 +90,7 @@ class Session:
         self._spent: Trail = ()  # what each hop says that it spent on the latest step
         self._steps = itertools.count()
         self._blame = Blame(self._hops, self._flights, sound)
-        self._connections = Connections(network, router, config, self._hear, self._on_lost)
+        self._connections = Connections(network, router, config, self.label, self._hear, self._on_lost)
         self._recruiter = Recruiter(name, config, self._hops, router, self._connections, prefix=prefix)
 
     @property
@@ -117,7 +117,7 @@ class Session:
 
     async def __aenter__(self) -> Self:
         """Build a route and open a session on each of its hops. Raises MissingBlocksError when there is none."""
-        self._connections.start(lambda: self._hops.everybody, f"session {self.label}")
+        self._connections.start(lambda: self._hops.everybody)
         try:
             await self._until_it_works(self._mend)
         except BaseException:

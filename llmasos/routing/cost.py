@@ -5,7 +5,7 @@ For a request of `p` prompt rows and `n` further ones, over `L` blocks of a peer
     link     (1 + n) · (rtt + HOP_S) + (p + n) · row_bytes / bandwidth           the way in and out, once a step
     compute  L · (n · block_s + chunks · block_s + p · row_s)                    alone on the machine
     wait     queue_s + n · residual_s + L · n · active · CROWD_ROWS · row_s      what others there have announced
-    own      the same for sessions of ours that the record cannot show yet
+    own      the same for sessions of ours that the record cannot show yet, as far as others of ours will follow them
     risk     FAILOVER_S · (its recent failures + n · what share of steps a hop is lost at, by all that we have seen)
     doubt    what a claim costs more because we did not believe it this time
 
@@ -97,7 +97,7 @@ def make_offer(record: PeerRecord, expires_at: float) -> Offer:
         record.row_seconds,
         step_s,
         record.queue_seconds,
-        residual_s(step_s, len(record.span), record.active_sessions),
+        residual_s(record, step_s, record.active_sessions),
         record,
     )
 
@@ -107,9 +107,12 @@ def step_seconds(record: PeerRecord) -> float:
     return record.block_seconds + record.active_sessions * CROWD_ROWS * record.row_seconds
 
 
-def residual_s(step_s: float, span_blocks: int, sessions: int) -> float:
-    """A step arrives in the middle of somebody's pass on average, if there is one: likelier with more sessions."""
-    return 0.5 * step_s * span_blocks * sessions / (sessions + 1)
+def residual_s(record: PeerRecord, step_s: float, sessions: float) -> float:
+    """A step arrives in the middle of somebody's pass on average, if there is one: likelier with more sessions, and
+    with more of the blocks, as each session is at one peer at a time.
+    """
+    busy = sessions * len(record.span) / record.model_blocks
+    return 0.5 * step_s * len(record.span) * busy / (busy + 1)
 
 
 @dataclass(frozen=True, slots=True)
@@ -136,6 +139,8 @@ class Observed(NamedTuple):
     """Sessions of ours that began after the record was made, or after `load` was seen."""
     own_tokens: int = 0
     """The kv room that those have reserved."""
+    company: float = 1.0
+    """How many sessions of ours one of ours has beside it, at most one: whether another follows the one that ends."""
     load: Load | None = None
     """What it told us itself since its record was made."""
     hoped_rtt_s: float = DEFAULT_RTT_S
@@ -189,9 +194,12 @@ def _shares(record: PeerRecord, work: Work, observed: Observed) -> _Shares:
     step_s = record.block_seconds + sessions * crowd_s
     # What we saw scales the claim as a whole, and already contains the waiting that it was seen with.
     scale = 1.0 - seen + seen * observed.block_s / step_s
-    own_step_s = own * crowd_s * scale
-    wait_s = residual_s(step_s * scale, span_blocks, sessions)
-    crowded_s = residual_s(step_s * scale + own_step_s, span_blocks, sessions + own) if own else wait_s
+    # One of ours that runs there now is halfway through on average, and leaves us alone then unless others follow; only
+    # with those come prompts.
+    beside = own * (1.0 + observed.company) / 2
+    own_step_s = (beside + own * observed.company * (CROWD_ROWS - 1.0)) * row_s * scale
+    wait_s = residual_s(record, step_s * scale, sessions)
+    crowded_s = residual_s(record, step_s * scale + own_step_s, sessions + beside) if own else wait_s
     return (
         work.link_s(observed.rtt_s),
         (1.0 - seen) * (queued_tokens * row_s * span_blocks + n * wait_s),

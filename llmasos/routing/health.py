@@ -12,11 +12,11 @@ tried when it answers (`Scout.revive`).
 
 from collections import deque
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from statistics import median, median_low
 
 from llmasos.routing.cost import DEFAULT_RTT_S, Load, Observed
+from llmasos.routing.tickets import Ticket, Tickets
 
 MAX_PEERS = 1_024
 """Peers remembered, about 0.5 kB each; a session has a handful of hops."""
@@ -91,15 +91,6 @@ class _RoundTrip:
         self.at = max(self.at, now)
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class Ticket:
-    """One session of ours on one peer; see `Health.opened`. Two tickets are never the same."""
-
-    peer: str
-    tokens: int
-    opened_at: float
-
-
 @dataclass(slots=True)
 class _Peer:
     block_s: _Ewma = field(default_factory=_Ewma)
@@ -109,7 +100,6 @@ class _Peer:
     failed_at: float = float("-inf")
     failed_until: float = float("-inf")
     refused_until: float = float("-inf")
-    tickets: list[Ticket] = field(default_factory=list)
 
     @property
     def backoff_s(self) -> float:
@@ -126,6 +116,7 @@ class Health:
 
     def __init__(self) -> None:
         self._peers: dict[str, _Peer] = {}  # in the order of last use
+        self._tickets = Tickets()
         self._typical_rtt_s: float | None = DEFAULT_RTT_S  # None: to be computed again; …
         self._nearest_rtt_s: float | None = DEFAULT_RTT_S  # … so here
         self._steps = FEW_STEPS  # of all hops, …
@@ -203,26 +194,14 @@ class Health:
         known = self._touch(peer)
         known.failures = max(0, known.failures - 1)
 
-    def opened(self, peer: str, tokens: int, now: float) -> Ticket:
-        """We begin a session there that reserves `tokens` of kv. Until its next record only we know."""
-        ticket = Ticket(peer, tokens, now)
-        self._touch(peer).tickets.append(ticket)
-        return ticket
+    def opened(self, peer: str, session: str, tokens: int, now: float) -> Ticket:
+        """A session of ours begins there and reserves `tokens` of kv. Until its next record only we know."""
+        self._touch(peer)
+        return self._tickets.open(peer, session, tokens, now)
 
-    def closed(self, ticket: Ticket) -> None:
-        """That session is over. May be said twice."""
-        known = self._peers.get(ticket.peer)
-        if known is not None and ticket in known.tickets:
-            known.tickets.remove(ticket)
-
-    @contextmanager
-    def session(self, peer: str, tokens: int, now: float) -> Iterator[Ticket]:
-        """`opened` and `closed` around a block."""
-        ticket = self.opened(peer, tokens, now)
-        try:
-            yield ticket
-        finally:
-            self.closed(ticket)
+    def closed(self, ticket: Ticket, now: float) -> None:
+        """It is over on that peer. May be said twice."""
+        self._tickets.close(ticket, now)
 
     # --- what it means ------------------------------------------------------------------------------------------------
 
@@ -246,7 +225,7 @@ class Health:
         load = known.load if known.load is not None and known.load.seen_at > since else None
         if load is not None:
             since = load.seen_at
-        unseen = [ticket for ticket in known.tickets if ticket.opened_at >= since] if known.tickets else ()
+        unseen = [ticket for ticket in self._tickets.on(peer) if ticket.opened_at >= since]
         return Observed(
             known.rtt_s.value if known.rtt_s.known else self.typical_rtt_s,
             known.block_s.value,
@@ -254,6 +233,7 @@ class Health:
             known.recent_failures(now) if known.failures else 0.0,
             len(unseen),
             sum(ticket.tokens for ticket in unseen) if unseen else 0,
+            min(1.0, self._tickets.company(now)) if unseen else 1.0,
             load,
             self._hoped_rtt_s(known.rtt_s, now) if known.rtt_s.known else self.nearest_rtt_s,
             self.losses_per_step,
@@ -308,5 +288,5 @@ class Health:
         if len(self._peers) > MAX_PEERS:
             # the longest unused first, and one that we have sessions on only when there is no other
             others = [name for name in self._peers if name != peer]
-            del self._peers[next((name for name in others if not self._peers[name].tickets), others[0])]
+            del self._peers[next((name for name in others if not self._tickets.on(name)), others[0])]
         return known

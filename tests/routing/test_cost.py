@@ -26,6 +26,7 @@ observations = st.builds(
     evidence=st.floats(0, 64),
     failures=st.floats(0, 8),
     own_sessions=st.integers(0, 20),
+    company=st.floats(0, 1),
     load=st.none() | st.builds(Load, st.integers(0, 20), st.integers(0, 900), st.just(4_000), st.just(0.0)),
     hoped_rtt_s=st.floats(0, 1),
     losses_per_step=st.floats(0, 1),
@@ -66,6 +67,28 @@ def test_our_own_sessions_that_no_record_shows_yet_count_like_announced_ones() -
     assert ours.own_s == pytest.approx(announced.wait_s)
     # the pass that we arrive in the middle of is as long as the batch of all sessions
     assert ours.total_s == pytest.approx(announced.total_s)
+
+
+def test_a_session_of_ours_beside_which_no_other_ever_ran_counts_half_and_without_prompts() -> None:
+    """It is halfway through, and nothing is to follow: for half of our steps one row is added, and its pass is met."""
+    ours = hop_cost(a_record(), 6, WORK, UNKNOWN._replace(own_sessions=1, company=0.0))
+    row_s, block_s = 0.0002, 0.0007
+    there = 0.5 * 12 / 30
+    rest_of_a_pass_s = 0.5 * 12 * (block_s + 0.5 * row_s) * there / (there + 1)
+    assert ours.own_s == pytest.approx(50 * (6 * 0.5 * row_s + rest_of_a_pass_s))
+    between = hop_cost(a_record(), 6, WORK, UNKNOWN._replace(own_sessions=1, company=0.4))
+    assert ours.own_s < between.own_s < hop_cost(a_record(), 6, WORK, UNKNOWN._replace(own_sessions=1)).own_s
+
+
+def test_a_pass_is_less_likely_to_be_met_where_sessions_spend_less_of_their_time() -> None:
+    """Each session is at one peer at a time: at one of six blocks for a sixth of it, at one of all for all of it."""
+    work = Work(prompt_tokens=0, new_tokens=1)
+    waits = [
+        hop_cost(a_record(blocks=f"0:{blocks}", active_sessions=1, row_seconds=1e-9), 0, work).wait_s
+        for blocks in (5, 30)
+    ]
+    passes_s = [blocks * 0.0007 for blocks in (5, 30)]
+    assert waits == pytest.approx([0.5 * passes_s[0] / 7, 0.5 * passes_s[1] / 2], rel=1e-3)
 
 
 def test_evidence_outweighs_the_claim_as_it_grows() -> None:
@@ -109,7 +132,8 @@ def test_a_session_on_a_peer_counts_with_the_prompts_that_it_brings() -> None:
     alone = hop_cost(a_record(row_seconds=0.0002), 6, WORK)
     crowded = hop_cost(a_record(row_seconds=0.0002, active_sessions=4), 6, WORK)
     rows_s = 50 * 6 * 4 * CROWD_ROWS * 0.0002  # steps, blocks, sessions
-    rest_of_a_pass_s = 50 * 0.5 * 12 * (0.0007 + 4 * CROWD_ROWS * 0.0002) * 4 / 5
+    there = 4 * 12 / 30  # sessions that are at this peer at a time, which has 12 of 30 blocks
+    rest_of_a_pass_s = 50 * 0.5 * 12 * (0.0007 + 4 * CROWD_ROWS * 0.0002) * there / (there + 1)
     assert crowded.total_s - alone.total_s == pytest.approx(rows_s + rest_of_a_pass_s)
     # By their own rows alone a peer of a quarter of the speed would be dearer than this crowd; it is not.
     assert hop_cost(a_record(row_seconds=0.0002, block_seconds=0.003), 6, WORK).total_s < crowded.total_s

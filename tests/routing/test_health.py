@@ -205,27 +205,39 @@ def test_between_known_peers_what_a_route_took_is_shared_as_expected() -> None:
 
 def test_sessions_count_until_they_close_or_a_record_shows_them() -> None:
     health = Health()
-    first = health.opened("alice", 300, NOW)
-    with health.session("alice", 70, NOW + 5):
-        seen = health.observed("alice", NOW + 6, since=NOW - 1)
-        assert (seen.own_sessions, seen.own_tokens) == (2, 370)
-        assert health.observed("alice", NOW + 6, since=NOW + 2).own_tokens == 70
-    health.closed(first)
-    health.closed(first)
+    first, second = health.opened("alice", "a", 300, NOW), health.opened("alice", "b", 70, NOW + 5)
+    seen = health.observed("alice", NOW + 6, since=NOW - 1)
+    assert (seen.own_sessions, seen.own_tokens) == (2, 370)
+    assert health.observed("alice", NOW + 6, since=NOW + 2).own_tokens == 70
+    health.closed(first, NOW + 6)
+    health.closed(first, NOW + 6)
+    assert health.observed("alice", NOW + 6, since=NOW - 1).own_sessions == 1
+    health.closed(second, NOW + 6)
     assert health.observed("alice", NOW + 6, since=NOW - 1).own_sessions == 0
+
+
+def test_what_company_our_sessions_have_is_known_to_prices_as_one_at_most() -> None:
+    health = Health()
+    health.opened("alice", "a", 300, NOW)
+    assert health.observed("alice", NOW, since=NOW).company == 1.0  # nothing is known yet
+    assert health.observed("alice", NOW + 300, since=NOW).company == pytest.approx(1 / 11)  # 300 s alone
+    for session in "bcd":
+        health.opened("bob", session, 300, NOW + 300)
+    assert health.observed("bob", NOW + 3_000, since=NOW).company == 1.0
+    assert health.observed("carol", NOW + 3_000, since=NOW).company == 1.0  # where we have none, nothing depends on it
 
 
 def test_two_equal_sessions_close_one_by_one() -> None:
     health = Health()
-    tickets = [health.opened("alice", 300, NOW) for _ in range(2)]
-    health.closed(tickets[0])
-    health.closed(tickets[0])
+    tickets = [health.opened("alice", "a", 300, NOW) for _ in range(2)]
+    health.closed(tickets[0], NOW)
+    health.closed(tickets[0], NOW)
     assert health.observed("alice", NOW, since=NOW).own_sessions == 1
 
 
 def test_memory_is_bounded_and_running_sessions_are_kept() -> None:
     health = Health()
-    health.opened("alice", 10, NOW)
+    health.opened("alice", "a", 10, NOW)
     for number in range(2 * MAX_PEERS):
         health.failed(f"peer{number}", NOW + number)
     assert len(health) == MAX_PEERS
@@ -237,18 +249,18 @@ def test_memory_is_bounded_and_running_sessions_are_kept() -> None:
 def test_even_running_sessions_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(health_module, "MAX_PEERS", 3)
     health = Health()
-    tickets = [health.opened(f"peer{number}", 1, NOW) for number in range(9)]
+    tickets = [health.opened(f"peer{number}", "a", 1, NOW) for number in range(9)]
     assert len(health) == 3
     for ticket in tickets:
-        health.closed(ticket)
+        health.closed(ticket, NOW)
     assert len(health) == 3
 
 
 def test_what_a_peer_says_of_its_load_holds_until_its_next_record() -> None:
     health = Health()
-    health.opened("alice", 100, NOW - 3)
+    health.opened("alice", "a", 100, NOW - 3)
     health.saw_load("alice", Load(sessions=4, queued_tokens=7, kv_free_tokens=50, seen_at=NOW - 2))
-    health.opened("alice", 30, NOW - 1)
+    health.opened("alice", "b", 30, NOW - 1)
     fresh = health.observed("alice", NOW, since=NOW - 5)
     assert fresh.load is not None
     assert fresh.load.sessions == 4

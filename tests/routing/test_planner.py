@@ -126,7 +126,7 @@ def healths(draw: st.DrawFn) -> Health:
             case "failed":
                 health.failed(peer, NOW - draw(st.sampled_from([0.5, 5.0])))
             case "opened":
-                health.opened(peer, draw(st.integers(1, 200)), NOW)
+                health.opened(peer, "a", draw(st.integers(1, 200)), NOW)
             case "load":
                 seen_at = NOW - draw(st.sampled_from([0.5, 2.0]))  # the records are a second old
                 load = Load(draw(st.integers(0, 9)), draw(st.integers(0, 900)), draw(st.integers(50, 1_000)), seen_at)
@@ -294,16 +294,16 @@ def test_a_failed_peer_is_tried_again_after_its_backoff() -> None:
 
 def test_room_that_we_have_just_taken_is_not_offered_again() -> None:
     view, health = a_view(a_record("alice", "0:30", kv_free_tokens=150)), Health()
-    ticket = health.opened("alice", 100, NOW)
+    ticket = health.opened("alice", "a", 100, NOW)
     with pytest.raises(MissingBlocksError, match="1 full"):
         plan(view, a_request(kv_tokens=100), NOW + 1, Random(1), health)
-    health.closed(ticket)
+    health.closed(ticket, NOW + 1)
     assert plan(view, a_request(kv_tokens=100), NOW + 1, Random(1), health)
 
 
 def test_a_session_that_the_record_shows_already_is_not_counted_twice() -> None:
     health = Health()
-    health.opened("alice", 100, NOW - 5)
+    health.opened("alice", "a", 100, NOW - 5)
     view = a_view(a_record("alice", "0:30", announced_at=NOW - 2, active_sessions=1))
     assert plan(view, a_request(), NOW, Exact(), health).hops[0].cost.own_s == 0
 

@@ -21,7 +21,7 @@ def test_a_hundred_sessions_of_one_client_spread_evenly() -> None:
     view, rng, health, chosen = equals(10), Random(1), Health(), Counter[str]()
     for number in range(100):
         (peer,) = plan(view, a_request(), NOW + number / 100, rng, health).peers
-        health.opened(peer, 100, NOW + number / 100)
+        health.opened(peer, str(number), 100, NOW + number / 100)
         chosen[peer] += 1
     assert max(chosen.values()) <= 1.5 * 10
     assert min(chosen.values()) >= 0.5 * 10
@@ -35,7 +35,7 @@ def test_a_hundred_clients_with_one_stale_view_do_not_herd(seed: int) -> None:
         rng, health = Random(1_000 * seed + client), Health()
         for number in range(4):
             (peer,) = plan(view, a_request(), NOW + number, rng, health).peers
-            health.opened(peer, 100, NOW + number)
+            health.opened(peer, str(number), 100, NOW + number)
             chosen[peer] += 1
     assert max(chosen.values()) <= 1.5 * 40
 
