@@ -116,7 +116,8 @@ class Health:
 
     def __init__(self) -> None:
         self._peers: dict[str, _Peer] = {}  # in the order of last use
-        self._tickets = Tickets()
+        self.tickets = Tickets()
+        """Where sessions of ours run."""
         self._typical_rtt_s: float | None = DEFAULT_RTT_S  # None: to be computed again; …
         self._nearest_rtt_s: float | None = DEFAULT_RTT_S  # … so here
         self._steps = FEW_STEPS  # of all hops, …
@@ -197,11 +198,11 @@ class Health:
     def opened(self, peer: str, session: str, tokens: int, now: float) -> Ticket:
         """A session of ours begins there and reserves `tokens` of kv. Until its next record only we know."""
         self._touch(peer)
-        return self._tickets.open(peer, session, tokens, now)
+        return self.tickets.open(peer, session, tokens, now)
 
     def closed(self, ticket: Ticket, now: float) -> None:
         """It is over on that peer. May be said twice."""
-        self._tickets.close(ticket, now)
+        self.tickets.close(ticket, now)
 
     # --- what it means ------------------------------------------------------------------------------------------------
 
@@ -225,7 +226,7 @@ class Health:
         load = known.load if known.load is not None and known.load.seen_at > since else None
         if load is not None:
             since = load.seen_at
-        unseen = [ticket for ticket in self._tickets.on(peer) if ticket.opened_at >= since]
+        unseen = [ticket for ticket in self.tickets.on(peer) if ticket.opened_at >= since]
         return Observed(
             known.rtt_s.value if known.rtt_s.known else self.typical_rtt_s,
             known.block_s.value,
@@ -233,7 +234,7 @@ class Health:
             known.recent_failures(now) if known.failures else 0.0,
             len(unseen),
             sum(ticket.tokens for ticket in unseen) if unseen else 0,
-            min(1.0, self._tickets.company(now)) if unseen else 1.0,
+            min(1.0, self.tickets.company(now)) if unseen else 1.0,
             load,
             self._hoped_rtt_s(known.rtt_s, now) if known.rtt_s.known else self.nearest_rtt_s,
             self.losses_per_step,
@@ -288,5 +289,5 @@ class Health:
         if len(self._peers) > MAX_PEERS:
             # the longest unused first, and one that we have sessions on only when there is no other
             others = [name for name in self._peers if name != peer]
-            del self._peers[next((name for name in others if not self._tickets.on(name)), others[0])]
+            del self._peers[next((name for name in others if not self.tickets.on(name)), others[0])]
         return known

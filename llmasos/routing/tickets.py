@@ -30,6 +30,9 @@ class Tickets:
         self._company = USUAL_COMPANY
         self._counted_at = float("-inf")  # the company until then is in `_company`
 
+    def __len__(self) -> int:
+        return sum(map(len, self._by_peer.values()))
+
     def open(self, peer: str, session: str, tokens: int, now: float) -> Ticket:
         """A session begins there and reserves `tokens` of kv."""
         self._count(now)
