@@ -66,9 +66,13 @@ def tell(head: Sequence[str], rows: Iterable[Sequence[str]], *, left: Collection
 
 
 def parser(prog: str, description: str, example: str) -> ArgumentParser:
-    """An argument parser whose help ends with an example."""
+    """An argument parser whose help ends with an example. No option is short for another: `--seed` is not `--seeds`."""
     made = ArgumentParser(
-        prog=prog, description=description, epilog=f"example:\n{example}", formatter_class=RawDescriptionHelpFormatter
+        prog=prog,
+        description=description,
+        epilog=f"example:\n{example}",
+        formatter_class=RawDescriptionHelpFormatter,
+        allow_abbrev=False,
     )
     made.add_argument("--debug", action="store_true", help=DEBUG_HELP)
     return made
@@ -82,6 +86,7 @@ def subcommand(commands: Any, name: str, description: str, example: str) -> Argu
         description=description,
         epilog=f"example:\n{example}",
         formatter_class=RawDescriptionHelpFormatter,
+        allow_abbrev=False,
     )
     made.add_argument("--debug", action="store_true", default=SUPPRESS, help=DEBUG_HELP)
     return made

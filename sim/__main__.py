@@ -113,8 +113,8 @@ def compare_policies(args: Namespace) -> None:
 def hunt_seeds(args: Namespace) -> None:
     """Many seeds of one scenario, in parallel; the first that fails, and how to replay it."""
     scenario = resize(load(args.scenario), peers=args.peers, clients=args.clients, duration_s=args.duration)
-    seeds = range(args.first, args.first + args.seeds)
-    say(f"hunting through {counted(len(seeds), 'seed')} of {scenario.name}, from {args.first} on")
+    seeds = range(args.seed, args.seed + args.seeds)
+    say(f"hunting through {counted(len(seeds), 'seed')} of {scenario.name}, from {args.seed} on")
     begin = time.monotonic()
     told = Tenths("hunted")
     verdicts: list[Verdict] = []
@@ -170,8 +170,8 @@ def build_parser() -> ArgumentParser:
         "scenario", nargs="?", default="storm", metavar="SCENARIO", help="a name or a .toml file (default: %(default)s)"
     )
     _add_size(command)
-    command.add_argument("--seeds", type=whole(1), default=100, help="how many (default: %(default)s)")
-    command.add_argument("--first", type=whole(0), default=0, help="the first of them (default: %(default)s)")
+    command.add_argument("--seed", type=whole(0), default=0, help="the first of them (default: %(default)s)")
+    command.add_argument("--seeds", type=whole(1), default=100, help="how many, from --seed on (default: %(default)s)")
     command.add_argument("--processes", type=whole(1), help="at once (default: one a core)")
     command.add_argument("--json", action="store_true", help="the totals as one JSON object on stdout")
     return top

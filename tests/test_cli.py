@@ -175,6 +175,7 @@ def test_the_version_goes_to_stdout() -> None:
         ([*LLMASOS, "generate", "Hello", "--join", "x", "--max-new-tokens", "0"], "at least 1"),
         ([*LLMASOS, "generate", "Hello", "--join", "x", "--temperature", "warm"], "invalid float"),
         (["-m", "sim", "local", "--peers", "0"], "at least 1"),
+        (["-m", "sim", "local", "--peer", "3"], "unrecognized arguments"),  # no option has a second, shorter name
     ],
     ids=lambda value: " ".join(value[1:]) if isinstance(value, list) else "",
 )
