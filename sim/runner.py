@@ -1,12 +1,14 @@
 """The simulated side of the Runner seam: a cost model for time, and arithmetic that notices every mistake.
 
-A row is one number of 60 bits. Block `b` turns the row `x` at position `p` into
+A session is a sequence of numbers v(0), v(1), ... modulo a prime, which nobody sees. The row between the blocks `b - 1`
+and `b` at position `p` is
 
-    y(b, p) = (A * (y(b, p - 1) + x) + B * (b + 1) + C * (p + 1)) mod 2^60
+    x(b, p) = A^b * v(p) + v(p - 1) + C^b * (p + 1)        v(-1) = 0
 
-so that each output depends on every row before it, on the block and on the position: an activation that is lost,
-repeated, reordered or sent to the wrong block makes a wrong number, and with it a wrong token, for ever after. The
-numbers do not depend on how blocks are split over peers, nor on how rows are cut into chunks: as in the real thing.
+so that whoever holds some blocks finds v(p) from a row that comes in and the v(p - 1) that it has cached, and what goes
+out from those two, however many its blocks are. An activation that is lost, repeated, reordered or sent to the wrong
+block or position makes a wrong v, and with it, as no factor is zero, wrong rows and tokens for ever after. The numbers
+do not depend on how blocks are split over peers, nor on how rows are cut into chunks: as in the real thing.
 """
 
 import asyncio
@@ -16,64 +18,30 @@ from dataclasses import dataclass, field
 from functools import cache
 from itertools import pairwise
 
-import numpy as np
-from numpy.typing import NDArray
-
 from llmasos.config import DType
 from llmasos.errors import UsageError
 from llmasos.peer.runner import Chunk, Fault, Speed
 from llmasos.span import Span
 from llmasos.wire import Tensor
 
-NUMBERS = 2**60
-"""Rows are numbers below this."""
-A, B, C = 6_364_136_223_846_793_005 % NUMBERS, 2_862_933_555_777_941_757 % NUMBERS, 3  # odd, so that no bit is lost
-_LOW_BITS = NUMBERS - 1
+NUMBERS = 2**60 - 93
+"""Rows are numbers below this, the largest prime that fits sixty bits."""
+A, C = 6_364_136_223_846_793_005 % NUMBERS, 2_862_933_555_777_941_757 % NUMBERS
 HIDDEN = 2  # two float32: the eight bytes of a number
 ROW_BYTES = 8
 
 
-Row = NDArray[np.uint64]
-"""A row and what some blocks make of it, in the form that `Blocks` keeps it in: (1 + blocks)."""
-
-
 class Blocks:
-    """The blocks of a span, one after the other in one sum.
-
-    With z(b, p) = y(b, p) / A^(b + 1), blocks counted from the first of the span, the formula above becomes
-
-        z(b, p) = z(b - 1, p) + A * z(b, p - 1) + (B * (b + 1) + C * (p + 1)) / A^(b + 1)
-
-    so that a row is the running sum of what can be had of the row before it at once. To divide by A is to multiply by
-    its inverse modulo 2^64, which is what numpy calculates in: the 60 bits that count are right.
-    """
+    """The blocks of a span, all at once."""
 
     def __init__(self, span: Span) -> None:
-        inverse, modulus = pow(A, -1, 2**64), 2**64
-        powers = [pow(inverse, count, modulus) for count in range(len(span) + 1)]
-        terms = [B * (block + 1) * power for block, power in zip(span.blocks(), powers[1:], strict=True)]
-        # The first place of each row is for what comes in, whatever was there in the row before.
-        self._factors = np.full(len(powers), A, np.uint64)
-        self._terms = np.array([0, *(term % modulus for term in terms)], np.uint64)
-        self._dues = np.array([0, *(C * power % modulus for power in powers[1:])], np.uint64)
-        self._added: list[Row] = []  # by position: terms and dues, the same for all sessions
-        self._scale = pow(A, len(span), modulus)
-        self.nothing: Row = np.zeros(len(powers), np.uint64)
-        """What stands before the first row."""
+        self._found, self._c_in = pow(A, -span.start, NUMBERS), pow(C, span.start, NUMBERS)
+        self._shown, self._c_out = pow(A, span.end, NUMBERS), pow(C, span.end, NUMBERS)
 
-    def make(self, row: int, position: int, before: Row) -> Row:
-        """What the blocks make of `row`, given what they made of the row before it."""
-        while position >= len(self._added):
-            self._added.append(self._dues * (len(self._added) + 1) + self._terms)
-        made = before * self._factors
-        made += self._added[position]
-        made[0] = row
-        return np.add.accumulate(made, out=made)
-
-    def last(self, made: Row) -> int:
-        """The output of the last block."""
-        output: int = made.item(-1) * self._scale & _LOW_BITS
-        return output
+    def make(self, row: int, position: int, before: int) -> tuple[int, int]:
+        """The v behind `row`, which is to be cached, and the output; `before` is the v of the row before it."""
+        number = (row - before - self._c_in * (position + 1)) * self._found % NUMBERS
+        return number, (self._shown * number + before + self._c_out * (position + 1)) % NUMBERS
 
 
 blocks_of = cache(Blocks)
@@ -85,7 +53,7 @@ class _Cache:
     """What one session has cached."""
 
     blocks: Blocks
-    rows: list[Row] = field(default_factory=list)
+    numbers: list[int] = field(default_factory=list)
     """By position."""
 
 
@@ -135,9 +103,9 @@ class SimRunner:
     def fork(self, source: str, target: str, tokens: int) -> None:
         """See `Runner.fork`."""
         cache = self._caches[source]
-        if tokens > len(cache.rows):
-            raise UsageError(f"asked to share {tokens} tokens of {len(cache.rows)}")
-        self._caches[target] = _Cache(cache.blocks, cache.rows[:tokens])
+        if tokens > len(cache.numbers):
+            raise UsageError(f"asked to share {tokens} tokens of {len(cache.numbers)}")
+        self._caches[target] = _Cache(cache.blocks, cache.numbers[:tokens])
 
     def release(self, session: str) -> None:
         """See `Runner.release`."""
@@ -167,19 +135,19 @@ class SimRunner:
         cache = self._caches.get(chunk.session)
         if cache is None:
             cache = self._caches[chunk.session] = _Cache(blocks_of(chunk.span))
-        blocks, cached = cache.blocks, cache.rows
+        make, cached = cache.blocks.make, cache.numbers
         if chunk.position > len(cached):
             return Fault(f"rows at position {chunk.position}, but {len(cached)} are cached", sender=True)
         rows = to_numbers(hidden)
         if max(rows, default=0) >= NUMBERS:
             return Fault("the activations hold numbers that are none", sender=True)
         del cached[chunk.position :]
-        made = cached[-1] if cached else blocks.nothing
+        number = cached[-1] if cached else 0
         outputs: list[int] = []
-        for row in rows:
-            made = blocks.make(row, len(cached), made)
-            cached.append(made)
-            outputs.append(blocks.last(made))
+        for position, row in enumerate(rows, start=chunk.position):
+            number, output = make(row, position, number)
+            cached.append(number)
+            outputs.append(output)
         return from_numbers(outputs)
 
 
@@ -195,14 +163,14 @@ class Reference:
     def __init__(self, blocks: int) -> None:
         self.length = 0
         self._blocks = blocks_of(Span(0, blocks))
-        self._last = self._blocks.nothing
+        self._number = self._output = 0
 
     def feed(self, rows: Sequence[int]) -> int:
         """The output of the last block for the last of `rows`."""
         for row in rows:
-            self._last = self._blocks.make(row, self.length, self._last)
+            self._number, self._output = self._blocks.make(row, self.length, self._number)
             self.length += 1
-        return self._blocks.last(self._last) if rows else 0
+        return self._output
 
 
 def to_numbers(tensor: Tensor) -> list[int]:

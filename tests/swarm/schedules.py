@@ -25,7 +25,7 @@ from llmasos.span import Span
 from sim import stream
 from sim.loop import run
 from sim.network import SimSwarm, peer_of
-from sim.runner import Row, blocks_of, from_numbers, to_numbers
+from sim.runner import NUMBERS, from_numbers, reference, to_numbers
 from sim.stream import Link
 from sim.swarm import SimClient, SimCluster, SimModel
 
@@ -51,8 +51,6 @@ class Schedule:
     def __post_init__(self) -> None:
         self.rng = random.Random(self.seed)
         self.with_whole = self.rng.random() < 0.25
-        self.blocks = blocks_of(Span(0, MODEL.blocks))
-        self.machine: list[Row] = []  # by position: what the blocks of one that is left undisturbed have made
         self.harmed: dict[str, str] = {}  # name of a peer -> what it suffers from
         self.faults = asyncio.Event()
         self.failovers = 0
@@ -119,18 +117,14 @@ class Schedule:
         self.note("done")
 
     async def _forward(self, session: Session, held: list[int], position: int, tokens: int) -> None:
-        numbers = [self.rng.getrandbits(60) for _ in range(tokens)]
+        numbers = [self.rng.randrange(NUMBERS) for _ in range(tokens)]
         held[position:] = numbers
         keep = self.rng.choice([1, tokens])
         self.note(f"rows {position}:{len(held)} through {' '.join(map(self._name, session.route.peers))}")
         begin = asyncio.get_running_loop().time()
         answer = to_numbers(await session.forward(from_numbers(numbers), position=position, keep=keep))
         self.longest_s = max(self.longest_s, asyncio.get_running_loop().time() - begin)
-        del self.machine[position:]
-        for number in numbers:
-            before = self.machine[-1] if self.machine else self.blocks.nothing
-            self.machine.append(self.blocks.make(number, len(self.machine), before))
-        assert answer == [self.blocks.last(made) for made in self.machine[-keep:]], (
+        assert answer == reference(MODEL.blocks, held)[-keep:], (
             f"rows {position}:{len(held)} are not what one machine makes of them"
         )
 
