@@ -65,7 +65,7 @@ class _Baseline(ABC):
         end = request.model_blocks if request.end is None else request.end
         able = [
             record
-            for record, expires_at in view.leases(request.model)
+            for record, expires_at in view.leases(request.model).values()
             if refusal(record, expires_at, request, checkpoint, now, health) is None
         ]
         able.sort(key=lambda record: (record.span, record.peer))

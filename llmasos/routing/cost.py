@@ -20,7 +20,7 @@ they count the same. A peer that we have never used is believed in every other p
 than the typical peer. So a liar gets about half of the newcomers' first sessions at most, and none after that.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from llmasos.config import ClientConfig
@@ -52,15 +52,18 @@ class Work:
     prompt_tokens: int
     new_tokens: int
     row_bytes: int = DEFAULT_ROW_BYTES
+    chunks: int = field(init=False)
+    transfer_s: float = field(init=False)
+    """Of all its rows into one hop."""
 
-    @property
-    def chunks(self) -> int:
-        return -(-self.prompt_tokens // PROMPT_CHUNK_TOKENS)
+    def __post_init__(self) -> None:  # once here, and not for each of a thousand peers
+        rows = self.prompt_tokens + self.new_tokens
+        object.__setattr__(self, "chunks", -(-self.prompt_tokens // PROMPT_CHUNK_TOKENS))
+        object.__setattr__(self, "transfer_s", rows * self.row_bytes / DEFAULT_BANDWIDTH_BYTES_PER_S)
 
     def link_s(self, rtt_s: float) -> float:
         """Seconds on the way into one hop and out of it, all steps together."""
-        transfer_s = (self.prompt_tokens + self.new_tokens) * self.row_bytes / DEFAULT_BANDWIDTH_BYTES_PER_S
-        return self.trips_s(rtt_s + HOP_S) + transfer_s
+        return self.trips_s(rtt_s + HOP_S) + self.transfer_s
 
     def trips_s(self, trip_s: float) -> float:
         """Seconds of as many ways into a hop and out of it as there are steps."""
@@ -89,7 +92,7 @@ class Offer(NamedTuple):
 
 def make_offer(record: PeerRecord, expires_at: float) -> Offer:
     """What `record` claims, until `expires_at`."""
-    step_s = step_seconds(record)
+    step_s, blocks = step_seconds(record), len(record.span)
     return Offer(
         record.kv_free_tokens,
         expires_at,
@@ -97,7 +100,7 @@ def make_offer(record: PeerRecord, expires_at: float) -> Offer:
         record.row_seconds,
         step_s,
         record.queue_seconds,
-        residual_s(record, step_s, record.active_sessions),
+        residual_s(step_s * blocks, record.active_sessions * blocks / record.model_blocks),
         record,
     )
 
@@ -107,12 +110,11 @@ def step_seconds(record: PeerRecord) -> float:
     return record.block_seconds + record.active_sessions * CROWD_ROWS * record.row_seconds
 
 
-def residual_s(record: PeerRecord, step_s: float, sessions: float) -> float:
+def residual_s(pass_s: float, busy: float) -> float:
     """A step arrives in the middle of somebody's pass on average, if there is one: likelier with more sessions, and
-    with more of the blocks, as each session is at one peer at a time.
+    with more of the blocks, as each session is at one peer at a time. `busy` is the one times the other's share.
     """
-    busy = sessions * len(record.span) / record.model_blocks
-    return 0.5 * step_s * len(record.span) * busy / (busy + 1)
+    return 0.5 * pass_s * busy / (busy + 1)
 
 
 @dataclass(frozen=True, slots=True)
@@ -186,26 +188,31 @@ _Shares = tuple[float, float, float, float, float, float, float]
 
 
 def _shares(record: PeerRecord, work: Work, observed: Observed) -> _Shares:
-    seen, load, own, row_s = observed.weight, observed.load, observed.own_sessions, record.row_seconds
-    span_blocks, n = len(record.span), work.new_tokens
+    rtt_s, seen_s, evidence, failures, own, _, company, load, _, losses_per_step = observed
+    block_s, row_s, span_blocks, n = record.block_seconds, record.row_seconds, len(record.span), work.new_tokens
     sessions = record.active_sessions if load is None else load.sessions
     queued_tokens = record.queued_tokens if load is None else load.queued_tokens
     crowd_s = CROWD_ROWS * row_s
-    step_s = record.block_seconds + sessions * crowd_s
+    step_s = block_s + sessions * crowd_s
     # What we saw scales the claim as a whole, and already contains the waiting that it was seen with.
-    scale = 1.0 - seen + seen * observed.block_s / step_s
-    # One of ours that runs there now is halfway through on average, and leaves us alone then unless others follow; only
-    # with those come prompts.
-    beside = own * (1.0 + observed.company) / 2
-    own_step_s = (beside + own * observed.company * (CROWD_ROWS - 1.0)) * row_s * scale
-    wait_s = residual_s(record, step_s * scale, sessions)
-    crowded_s = residual_s(record, step_s * scale + own_step_s, sessions + beside) if own else wait_s
+    seen = evidence / (evidence + PRIOR)
+    scale = 1.0 - seen + seen * seen_s / step_s
+    model_blocks = record.model_blocks
+    wait_s = residual_s(step_s * scale * span_blocks, sessions * span_blocks / model_blocks)
+    own_s = own_step_s = 0.0
+    if own:
+        # One of ours that runs there now is halfway through on average, and leaves us alone then unless others follow;
+        # only with those come prompts.
+        beside = own * (1.0 + company) / 2
+        own_step_s = (beside + own * company * (CROWD_ROWS - 1.0)) * row_s * scale
+        crowded_pass_s = (step_s * scale + own_step_s) * span_blocks
+        own_s = residual_s(crowded_pass_s, (sessions + beside) * span_blocks / model_blocks) - wait_s
     return (
-        work.link_s(observed.rtt_s),
+        work.link_s(rtt_s),
         (1.0 - seen) * (queued_tokens * row_s * span_blocks + n * wait_s),
-        n * (crowded_s - wait_s),
-        observed.failures * FAILOVER_S + work.risk_s(observed.losses_per_step),
-        scale * ((n + work.chunks) * record.block_seconds + work.prompt_tokens * row_s),
+        n * own_s,
+        failures * FAILOVER_S + work.risk_s(losses_per_step),
+        scale * ((n + work.chunks) * block_s + work.prompt_tokens * row_s),
         n * sessions * crowd_s * scale,
         n * own_step_s,
     )
@@ -223,7 +230,7 @@ def hop_cost(record: PeerRecord, blocks: int, work: Work, observed: Observed = U
     )
 
 
-def hop_price(record: PeerRecord, work: Work, observed: Observed = UNKNOWN) -> tuple[float, float]:
-    """The same as what the hop costs whatever it computes, and what each block costs."""
+def hop_price(record: PeerRecord, work: Work, observed: Observed = UNKNOWN) -> tuple[float, float, float]:
+    """The same as what the hop costs whatever it computes, what each block costs, and what of the first is the link."""
     link_s, wait_s, own_s, risk_s, compute_block_s, wait_block_s, own_block_s = _shares(record, work, observed)
-    return link_s + wait_s + own_s + risk_s, compute_block_s + wait_block_s + own_block_s
+    return link_s + wait_s + own_s + risk_s, compute_block_s + wait_block_s + own_block_s, link_s

@@ -77,15 +77,13 @@ class _Ewma:
 class _RoundTrip:
     """The middle one of the latest few, of two the shorter."""
 
+    known: bool = False
     value: float = 0.0
     at: float = float("-inf")
     latest: deque[float] = field(default_factory=lambda: deque(maxlen=RTT_SAMPLES))
 
-    @property
-    def known(self) -> bool:
-        return bool(self.latest)
-
     def add(self, sample: float, now: float) -> None:
+        self.known = True
         self.latest.append(sample)
         self.value = median_low(self.latest)
         self.at = max(self.at, now)
@@ -223,20 +221,28 @@ class Health:
             return Observed(
                 rtt_s=self.typical_rtt_s, hoped_rtt_s=self.nearest_rtt_s, losses_per_step=self.losses_per_step
             )
-        load = known.load if known.load is not None and known.load.seen_at > since else None
+        load = known.load
         if load is not None:
-            since = load.seen_at
-        unseen = [ticket for ticket in self.tickets.on(peer) if ticket.opened_at >= since]
+            if load.seen_at > since:
+                since = load.seen_at
+            else:
+                load = None
+        own_sessions = own_tokens = 0
+        for ticket in self.tickets.on(peer):
+            if ticket.opened_at >= since:
+                own_sessions += 1
+                own_tokens += ticket.tokens
+        near, steps = known.rtt_s, known.block_s
         return Observed(
-            known.rtt_s.value if known.rtt_s.known else self.typical_rtt_s,
-            known.block_s.value,
-            known.block_s.evidence(now) if known.block_s.weight else 0.0,
+            near.value if near.known else self.typical_rtt_s,
+            steps.value,
+            steps.evidence(now) if steps.weight else 0.0,
             known.recent_failures(now) if known.failures else 0.0,
-            len(unseen),
-            sum(ticket.tokens for ticket in unseen) if unseen else 0,
-            min(1.0, self.tickets.company(now)) if unseen else 1.0,
+            own_sessions,
+            own_tokens,
+            min(1.0, self.tickets.company(now)) if own_sessions else 1.0,
             load,
-            self._hoped_rtt_s(known.rtt_s, now) if known.rtt_s.known else self.nearest_rtt_s,
+            self._hoped_rtt_s(near, now) if near.known else self.nearest_rtt_s,
             self.losses_per_step,
         )
 

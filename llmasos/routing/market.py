@@ -112,6 +112,7 @@ class Quote(NamedTuple):
     hoped_s: float
     """What of `link_s` may be saved if it is nearer by now."""
     proven: bool
+    start: int
     end: int
     record: PeerRecord
 
@@ -130,43 +131,60 @@ class Market:
         rng: Random,
         health: Health,
     ) -> None:
+        work = request.work
         self._pools = list(pools.values())
         self._request = request
         self._end = end
         self._now = now
         self._draw = rng.random
-        self._work = request.work
+        self._work = work
         self._health = health
         self._spread = self._link_s = 0.0
-        self._risk_s = self._work.risk_s(health.losses_per_step)  # of any hop
-        self._typical_wait_s, self._typical_rate_s = _typical(self._pools, self._work)
+        self._risk_s = risk_s = work.risk_s(health.losses_per_step)  # of any hop
+        self._typical_wait_s, self._typical_rate_s = _typical(self._pools, work)
         # Peers of which we know more than their records say are asked one by one; with pins there are no others.
         self._known = request.exclude.union(health)
         self._known_bids: dict[int, list[Bid]] = {}
         self._quotes: list[Quote] = []
+        leases = view.leases(request.model)
         for peer in dict.fromkeys(request.pin or health):
-            lease = view.lease(peer, request.model)
-            if lease is None:
+            if peer not in leases:
                 continue
-            record = lease[0]
+            record, expires_at = leases[peer]
             seen = health.observed(peer, now, since=record.announced_at)
-            if refusal(*lease, request, checkpoint, now, health, seen) is not None:
+            if refusal(record, expires_at, request, checkpoint, now, health, seen) is not None:
                 continue
-            if Numerics(record.dtype, record.quantization) not in pools:
+            if (record.dtype, record.quantization) not in pools:
                 continue
-            fixed_s, rate_s = hop_price(record, self._work, seen)
-            link_s = self._work.link_s(seen.rtt_s) + self._risk_s
-            hoped_s = self._work.trips_s(seen.rtt_s - seen.hoped_rtt_s)
-            self._quotes.append(Quote(fixed_s, rate_s, link_s, hoped_s, seen.proven, min(record.span.end, end), record))
+            fixed_s, rate_s, link_s = hop_price(record, work, seen)
+            hoped_s = work.trips_s(seen.rtt_s - seen.hoped_rtt_s)
+            start, last = record.span.start, min(record.span.end, end)
+            self._quotes.append(Quote(fixed_s, rate_s, link_s + risk_s, hoped_s, seen.proven, start, last, record))
 
     def open(self, *, hopeful: bool, spread: float) -> None:
         """Toss the coins of a new plan; whom nobody has measured is `hopeful`ly near, or as far as is typical."""
         self._spread = spread
         rtt_s = self._health.nearest_rtt_s if hopeful else self._health.typical_rtt_s
         self._link_s = self._work.link_s(rtt_s) + self._risk_s
-        self._known_bids = {}
-        for quote in self._quotes:
-            self._known_bids.setdefault(quote.record.span.start, []).append(self._bid(quote, hopeful=hopeful))
+        self._known_bids = bids = {}
+        draw, typical_wait_s, typical_rate_s = self._draw, self._typical_wait_s, self._typical_rate_s
+        for fixed_s, rate_s, link_s, hoped_s, proven, start, end, record in self._quotes:
+            if hopeful:
+                fixed_s -= hoped_s
+                link_s -= hoped_s
+            # One draw tosses the coin of belief, and says how much dearer it gets.
+            luck = 2.0 * draw()
+            if luck >= 1.0:
+                luck -= 1.0
+                if not proven:  # how far it is is no claim
+                    fixed_s = max(fixed_s, link_s + typical_wait_s)
+                    rate_s = max(rate_s, typical_rate_s)
+            dearer = 1.0 + spread * luck
+            bid = Bid(fixed_s * dearer, rate_s * dearer, end, dearer, record)
+            if start in bids:
+                bids[start].append(bid)
+            else:
+                bids[start] = [bid]
 
     def join(self, at: int, rides: list[Ride]) -> None:
         """Add to `rides` the bids worth hearing that begin at block `at`; at the first block, those before it too."""
@@ -201,7 +219,7 @@ class Market:
                 rate_s = steps * step_s + prompt * row_s
                 if end <= at or (rate_s >= best_rate_s[end] and link_s + rate_s >= best_one_s[end]):
                     continue
-                # 2. Draw as in `_bid`, and look again.
+                # 2. Draw as in `open`, and look again.
                 luck = 2.0 * draw()
                 believed = luck < 1.0
                 spread = 1.0 + most * (luck if believed else luck - 1.0)
@@ -227,21 +245,6 @@ class Market:
                     heard.append(bid)
         return heard
 
-    def _bid(self, quote: Quote, *, hopeful: bool) -> Bid:
-        """The price as this plan takes it: one draw tosses the coin of belief, and says how much dearer it gets."""
-        fixed_s, rate_s, link_s, hoped_s, proven, end, record = quote
-        if hopeful:
-            fixed_s -= hoped_s
-            link_s -= hoped_s
-        luck = 2.0 * self._draw()
-        if luck >= 1.0:
-            luck -= 1.0
-            if not proven:  # how far it is is no claim
-                fixed_s = max(fixed_s, link_s + self._typical_wait_s)
-                rate_s = max(rate_s, self._typical_rate_s)
-        spread = 1.0 + self._spread * luck
-        return Bid(fixed_s * spread, rate_s * spread, end, spread, record)
-
 
 def _typical(pools: Sequence[Pool], work: Work) -> tuple[float, float]:
     """The waiting in the middle of what is claimed, and the price per block; of two the higher."""
@@ -249,9 +252,7 @@ def _typical(pools: Sequence[Pool], work: Work) -> tuple[float, float]:
     sample = [offer for pool in pools for offer in pool.offers(stride)]
     if not sample:
         return 0.0, 0.0
-    wait_s = sorted(offer.queue_s + work.new_tokens * offer.residual_s for offer in sample)
-    rate_s = sorted(
-        work.new_tokens * offer.step_s + work.chunks * offer.block_s + work.prompt_tokens * offer.row_s
-        for offer in sample
-    )
+    steps, prompt, chunks = work.new_tokens, work.prompt_tokens, work.chunks
+    wait_s = sorted([queue_s + steps * residual_s for _, _, _, _, _, queue_s, residual_s, _ in sample])
+    rate_s = sorted([steps * step_s + chunks * block_s + prompt * row_s for _, _, block_s, row_s, step_s, *_ in sample])
     return wait_s[len(sample) // 2], rate_s[len(sample) // 2]

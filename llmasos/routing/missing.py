@@ -56,7 +56,7 @@ def missing_blocks(
     """The error to raise when `plan` finds no chain; names the gaps of the numerics that come closest."""
     verdicts = [
         (record, refusal(record, expires_at, request, checkpoint, now, health))
-        for record, expires_at in view.leases(request.model)
+        for record, expires_at in view.leases(request.model).values()
     ]
     usable: dict[Numerics | None, list[Span]] = {None: []} if request.mixed else {}
     for record, problem in verdicts:

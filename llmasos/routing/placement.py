@@ -97,7 +97,7 @@ def _counted(
     """The records of those who serve, or are about to, what our blocks can be chained with."""
     return [
         record
-        for record, expires_at in view.leases(model)
+        for record, expires_at in view.leases(model).values()
         if expires_at > now
         and record.state in (PeerState.ONLINE, PeerState.JOINING)
         and record.peer != me

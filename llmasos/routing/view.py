@@ -12,7 +12,7 @@ the planner reads, by start and speed. That is the incremental part: a record is
 
 from bisect import bisect_left, insort
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -77,8 +77,9 @@ class Pool:
             del self.starts[record.span.start]
 
 
-@dataclass(slots=True)
-class _Entry:
+class Lease(NamedTuple):
+    """What a peer last announced for a model, and when that expires (network time)."""
+
     record: PeerRecord
     expires_at: float
 
@@ -87,7 +88,7 @@ class SwarmView:
     """What is known of a swarm. Changed by `add`, `remove` and `expire` only."""
 
     def __init__(self) -> None:
-        self._models: dict[str, dict[str, _Entry]] = {}
+        self._models: dict[str, dict[str, Lease]] = {}
         self._pools: dict[str, dict[Checkpoint, dict[Numerics, Pool]]] = {}
         self._census: dict[str, Counter[Checkpoint]] = {}
         self._size = 0
@@ -102,8 +103,7 @@ class SwarmView:
 
         `expires_at` (network time) is the registry's word on its lease; it never outlives MAX_LEASE_S.
         """
-        entries = self._models.get(record.model, {})
-        known = entries.get(record.peer)
+        known = self._models.get(record.model, {}).get(record.peer)
         if known is None and self._size >= MAX_RECORDS:
             return False
         if known is not None and known.record.recency > record.recency:
@@ -113,8 +113,15 @@ class SwarmView:
         if known is not None:
             if known.record is record and known.expires_at == lease_ends:
                 return True
+            if _place(known.record) == _place(record):  # as it nearly always is: only the numbers are new
+                self._models[record.model][record.peer] = Lease(record, lease_ends)
+                if record.state is PeerState.ONLINE:
+                    pool = self._pools[record.model][_checkpoint(record)][_numerics(record)]
+                    pool.remove(known.record)
+                    pool.add(make_offer(record, lease_ends))
+                return True
             self.remove(record.peer, record.model)
-        self._models.setdefault(record.model, {})[record.peer] = _Entry(record, lease_ends)
+        self._models.setdefault(record.model, {})[record.peer] = Lease(record, lease_ends)
         self._size += 1
         self._census.setdefault(record.model, Counter())[_checkpoint(record)] += 1
         if record.state is PeerState.ONLINE:
@@ -178,15 +185,9 @@ class SwarmView:
         records = [entry.record for entry in self._models.get(model, {}).values()]
         return sorted(records, key=lambda record: (record.span, record.peer))
 
-    def lease(self, peer: str, model: str) -> tuple[PeerRecord, float] | None:
-        """What a peer last announced for a model, and when that expires."""
-        entry = self._models.get(model, {}).get(peer)
-        return (entry.record, entry.expires_at) if entry else None
-
-    def leases(self, model: str) -> Iterator[tuple[PeerRecord, float]]:
-        """Every record of a model and when it expires."""
-        for entry in self._models.get(model, {}).values():
-            yield entry.record, entry.expires_at
+    def leases(self, model: str) -> Mapping[str, Lease]:
+        """Every record of a model and when it expires, by peer."""
+        return self._models.get(model, {})
 
     def checkpoint(self, model: str, digest: str | None = None) -> Checkpoint | None:
         """What most peers of the model (or of that digest) serve; None when nobody does."""
@@ -277,6 +278,11 @@ def _model_status(view: SwarmView, model: str, now: float) -> dict[str, Any]:
             if record.state != PeerState.OFFLINE  # it said goodbye; its record only waits for its lease to end
         ],
     }
+
+
+def _place(record: PeerRecord) -> tuple[object, ...]:
+    """Where the view keeps it."""
+    return record.state, record.digest, record.model_blocks, record.dtype, record.quantization
 
 
 def _checkpoint(record: PeerRecord) -> Checkpoint:

@@ -53,7 +53,8 @@ def test_a_cost_is_linear_in_blocks_and_its_parts_add_up(
         parts = (cost.link_s, cost.compute_s, cost.wait_s, cost.own_s, cost.risk_s, cost.doubt_s)
         assert min(parts) >= -1e-9
         assert cost.total_s == pytest.approx(sum(parts))
-    assert hop_price(record, Work(prompt_tokens, new_tokens), seen) == pytest.approx((fixed_s, one_s - fixed_s))
+    price = hop_price(record, Work(prompt_tokens, new_tokens), seen)
+    assert price == pytest.approx((fixed_s, one_s - fixed_s, costs[0].link_s))
 
 
 @pytest.mark.parametrize("busier", [{"active_sessions": 3}, {"queued_tokens": 500}, {"block_seconds": 0.001}])

@@ -27,7 +27,7 @@ def cheapest_s(view: SwarmView, request: RouteRequest, start: int, end: int, hea
     """The cost of the best chain, by trying each peer on each range; infinite when there is none."""
     seen = {
         record.peer: health.observed(record.peer, NOW, since=record.announced_at)
-        for record, _ in view.leases(request.model)
+        for record, _ in view.leases(request.model).values()
     }
 
     def free_tokens(record: PeerRecord) -> int:
@@ -36,7 +36,7 @@ def cheapest_s(view: SwarmView, request: RouteRequest, start: int, end: int, hea
 
     records = [
         record
-        for record, expires_at in view.leases(request.model)
+        for record, expires_at in view.leases(request.model).values()
         if record.state is PeerState.ONLINE
         and expires_at > NOW
         and record.digest == request.digest

@@ -63,7 +63,7 @@ def test_what_is_kept_beside_the_records_follows_them(events: list[tuple[PeerRec
             view.expire(now)
     fresh = SwarmView()
     for model in view.models():
-        for record, expires_at in view.leases(model):
+        for record, expires_at in view.leases(model).values():
             fresh.add(record, expires_at)
     assert contents(view) == contents(fresh)
 
