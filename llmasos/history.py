@@ -22,13 +22,14 @@ class History:
 
     def write(self, position: int, rows: Tensor) -> None:
         """Put `rows` at `position`, dropping everything from there on. Raises ValueError when that leaves a hole."""
-        self.cut(position)
+        if position < self.length:
+            self.cut(position)
         if position > self.length:
             raise ValueError(f"rows at {position}, but the history ends at {self.length}")
-        if rows.tokens:
+        if tokens := rows.tokens:
             self._starts.append(position)
             self._parts.append(rows)
-            self.length = position + rows.tokens
+            self.length = position + tokens
 
     def cut(self, length: int) -> None:
         """Drop the rows from position `length` on."""

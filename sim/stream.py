@@ -111,7 +111,7 @@ class SimStream:
         if self._ended is not None:
             raise ConnectionLostError(self.peer, self._ended)
         while self.other._held_bytes > WINDOW_BYTES:
-            waiter = asyncio.get_running_loop().create_future()
+            waiter = self.owner.loop.create_future()
             self._writers.append(waiter)
             await waiter
             if self._ended is not None:
@@ -124,7 +124,7 @@ class SimStream:
                 raise ConnectionLostError(self.peer, self._ended)
             if self._reader is not None:
                 raise RuntimeError("two tasks receive on one stream")
-            self._reader = asyncio.get_running_loop().create_future()
+            self._reader = self.owner.loop.create_future()
             try:
                 await self._reader
             finally:

@@ -51,15 +51,14 @@ class Absences:
         much longer than `away_s`; 0: for nobody. Who is away for the first time is waited for once, for that long:
         nothing else can tell how long it is away for if nobody is in its way.
         """
-        ends = [_end(absence, now, within_s, away_s) for absence in self._of.values()]
-        return max(max(ends, default=now) - now, 0.0)
+        ends = [_end(absence, now, within_s, away_s) for absence in self._of.values() if absence.since is not None]
+        return max(max(ends) - now, 0.0) if ends else 0.0
 
 
 def _end(absence: _Absence, now: float, within_s: float, away_s: float) -> float:
-    """Until when to wait for one of them; `now` or before: not at all."""
+    """Until when to wait for one that is away; `now` or before: not at all."""
     since, usual_s = absence.since, absence.usual_s
-    if since is None:
-        return now
+    assert since is not None, "nobody waits for who is here"
     if usual_s is None:
         return since + within_s if away_s == math.inf else now
     if usual_s > away_s or since + usual_s - now > within_s:

@@ -68,7 +68,7 @@ class Engine:
         self._absences = Absences()
         self._decode_pass_s = 0.0  # how long the last pass without a prompt took
         self._prompt_pass_s = 0.0  # how long the last pass with a prompt took
-        self._wake = asyncio.Event()
+        self._idle: asyncio.Future[None] | None = None  # what `serve` waits for
 
     def expect(self, alone_s: float, row_s: float) -> None:
         """What passes were measured to take: one of one row, and each further row."""
@@ -86,7 +86,8 @@ class Engine:
         self.prefixes.make_way(now)
         self._pending[session, step] = _Pending(span, hidden, done, now)
         self._absences.returns(session, now)
-        self._wake.set()
+        if self._idle is not None and not self._idle.done():
+            self._idle.set_result(None)
 
     def admit(self, session: str, tokens: int, prefix: Prefix | None = None) -> None:
         """Reserve room for a session; it begins with what `prefix` holds. Raises KvFullError."""
@@ -130,24 +131,24 @@ class Engine:
         while True:
             batch = self.scheduler.schedule()
             if not batch:
-                self._wake.clear()
-                await self._wake.wait()
+                await self._submitted()
                 await self._gather()
                 continue
-            wait_s = self._worth_waiting_s(any(piece.decodes for piece in batch))
+            decoding = [piece.decodes for piece in batch]
+            wait_s = self._worth_waiting_s(any(decoding))
             if wait_s > 0:
                 if await self._somebody_returned(wait_s):
                     continue
                 batch = self.scheduler.schedule()  # some of those who waited may have left meanwhile
                 if not batch:
                     continue
-            decoding = [piece.decodes for piece in batch]
+                decoding = [piece.decodes for piece in batch]
             self._running = {piece.session for piece in batch}
             begin = self._clock()
             results = await self.runner.run([self._chunk(piece) for piece in batch])
             end = self._clock()
             self.passes += 1
-            tokens = sum(piece.tokens for piece in batch)
+            tokens = sum([piece.tokens for piece in batch])
             self.rows += tokens
             pass_s = max(end - begin, 0.0)
             if all(decoding):
@@ -189,13 +190,17 @@ class Engine:
 
     async def _somebody_returned(self, wait_s: float) -> bool:
         """Within that time."""
-        self._wake.clear()
         try:
             async with asyncio.timeout(wait_s):
-                await self._wake.wait()
+                await self._submitted()
         except TimeoutError:
             return False
         return True
+
+    async def _submitted(self) -> None:
+        """Wait for the next step."""
+        self._idle = asyncio.get_running_loop().create_future()
+        await self._idle
 
     def _chunk(self, piece: Slice) -> Chunk:
         pending = self._pending[piece.session, piece.step]

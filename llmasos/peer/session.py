@@ -126,7 +126,8 @@ class PeerSession:
 
         Raises TimeoutError when nothing of it moves for a lease: nobody takes what we send.
         """
-        await self._have_room()
+        if self._rows_under_way > MAX_PENDING_TOKENS:
+            await self._have_room()
         if self._closed:
             return
         if step.step <= self._last_step:
