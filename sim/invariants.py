@@ -73,8 +73,9 @@ class Invariants:
         """A peer has run a pass."""
         self.checks += 1
         scheduler = peer.engine.scheduler
-        if not 0 <= scheduler.kv_free_tokens <= scheduler.kv_tokens:
-            self.violate(f"{_name(peer)}: {scheduler.kv_free_tokens} of {scheduler.kv_tokens} kv tokens are free")
+        free_tokens = scheduler.kv_free_tokens
+        if not 0 <= free_tokens <= scheduler.kv_tokens:
+            self.violate(f"{_name(peer)}: {free_tokens} of {scheduler.kv_tokens} kv tokens are free")
         if self._thorough:
             self.check_peer(peer)
 

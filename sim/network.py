@@ -214,6 +214,7 @@ class SimNetwork:
         self._down: str | None = None
         self._last_expiry: dict[str, float] = {}
         self.loop = asyncio.get_running_loop()
+        self._clock = self.loop.time
 
     @property
     def peer_id(self) -> PeerId:
@@ -229,7 +230,7 @@ class SimNetwork:
         return f"{self._contact.addresses[0]}/p2p/{self._peer_id}" if self._contact.addresses else ""
 
     def now(self) -> float:
-        return self.loop.time() + self.skew_s
+        return self._clock() + self.skew_s
 
     async def join(self, addresses: Sequence[str]) -> None:
         self._check()
@@ -304,7 +305,7 @@ class SimNetwork:
         expires_at = max(self.now() + lease_s, self._last_expiry.get(topic, 0.0) + 1e-6)
         self._last_expiry[topic] = expires_at
         value = bytes(value) if self.tongue is None else self.tongue(topic, bytes(value))
-        moment = asyncio.get_running_loop().time()  # the others' clocks are right
+        moment = self._clock()  # the others' clocks are right
         self.swarm.trace.note(moment, self.number, 0, PUBLISHED)
         return self.swarm.registry.store(topic, Published(self._peer_id, value, expires_at), moment)
 
@@ -315,7 +316,7 @@ class SimNetwork:
         self._check()
         if swarm.is_hung(self._peer_id):
             raise SwarmUnreachableError(f"the registry did not answer within {LOOKUP_TIMEOUT_S:g} s")
-        true_now = asyncio.get_running_loop().time()
+        true_now = self._clock()
         swarm.trace.note(true_now, self.number, 0, LOOKED_UP)
         moment = true_now - swarm.rng.random() * swarm.registry.stale_s
 

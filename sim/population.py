@@ -4,6 +4,7 @@ import asyncio
 import json
 import math
 from dataclasses import dataclass
+from functools import partial
 from random import Random
 from typing import Literal
 
@@ -132,7 +133,7 @@ class Population:
                 speed=member.speed,
                 kv_tokens=self._scenario.peers.kv_tokens,
                 network=place,
-                after_pass=lambda: self._after_pass(member),
+                after_pass=partial(self._after_pass, member),
             )
         except LLMasOSError as error:
             self._invariants.violate(f"{member.name} could not join: {error.message}")
@@ -193,7 +194,7 @@ class Population:
             speed=member.speed,
             kv_tokens=self._scenario.peers.kv_tokens,
             load_s=self._scenario.peers.load_s,
-            after_pass=lambda: self._after_pass(member),
+            after_pass=partial(self._after_pass, member),
             came=came,
             went=went,
             broke=broke,

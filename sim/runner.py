@@ -12,7 +12,7 @@ do not depend on how blocks are split over peers, nor on how rows are cut into c
 """
 
 import asyncio
-import struct
+from array import array
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cache
@@ -117,13 +117,12 @@ class SimRunner:
 
     def _pass_s(self, chunks: Sequence[Chunk]) -> float:
         """Each block runs once a pass, over the rows of the sessions that use it."""
-        if len({chunk.span for chunk in chunks}) == 1:
-            edges = [chunks[0].span.start, chunks[0].span.end]
-        else:
+        edges = [chunks[0].span.start, chunks[0].span.end]
+        if len(chunks) > 1:
             edges = sorted({edge for chunk in chunks for edge in (chunk.span.start, chunk.span.end)})
         seconds = 0.0
         for start, end in pairwise(edges):
-            rows = sum(chunk.hidden.tokens for chunk in chunks if chunk.span.start <= start and end <= chunk.span.end)
+            rows = sum([chunk.hidden.tokens for chunk in chunks if chunk.span.start <= start and end <= chunk.span.end])
             if rows:
                 seconds += (end - start) * (self._speed.first_row_s + (rows - 1) * self._speed.row_s)
         return seconds * self.slowdown
@@ -175,9 +174,9 @@ class Reference:
 
 def to_numbers(tensor: Tensor) -> list[int]:
     """The numbers in a tensor of the simulator."""
-    return list(struct.unpack(f"<{len(tensor.data) // ROW_BYTES}Q", tensor.data))
+    return tensor.data.cast("Q").tolist()
 
 
 def from_numbers(rows: Sequence[int]) -> Tensor:
     """Numbers as a tensor of (rows, HIDDEN)."""
-    return Tensor("float32", (len(rows), HIDDEN), memoryview(struct.pack(f"<{len(rows)}Q", *rows)))
+    return Tensor("float32", (len(rows), HIDDEN), memoryview(array("Q", rows)).cast("B"))

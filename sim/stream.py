@@ -150,8 +150,10 @@ class SimStream:
 
     def resume(self) -> None:
         """Deliver what a hang or a partition held back, in both directions."""
-        self._deliver()
-        self.other._deliver()
+        for end in (self, self.other):
+            if end._timer is not None:
+                end._timer.cancel()
+            end._deliver()
 
     def give_up_if_silent(self) -> None:
         """The transport's keep-alive has had no answer."""
@@ -182,10 +184,8 @@ class SimStream:
         self._timer = loop.call_at(max(loop.time(), self._in_flight[0][0]), self._deliver)
 
     def _deliver(self) -> None:
-        """Take in every frame that is due; set the timer for the next."""
-        if self._timer is not None:
-            self._timer.cancel()
-            self._timer = None
+        """Take in every frame that is due; set the timer for the next. Called by the one that is set, or without."""
+        self._timer = None
         owner, in_flight = self.owner, self._in_flight
         if not owner.swarm.reachable(owner.peer_id, self.peer):
             return  # held back; `resume` comes here again

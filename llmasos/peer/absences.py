@@ -29,7 +29,10 @@ class Absences:
 
     def leaves(self, session: str, now: float) -> None:
         """A step of a session that decodes is done."""
-        self._of.setdefault(session, _Absence()).since = now
+        absence = self._of.get(session)
+        if absence is None:
+            absence = self._of[session] = _Absence()
+        absence.since = now
 
     def returns(self, session: str, now: float) -> None:
         """Its next step is here."""

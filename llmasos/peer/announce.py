@@ -4,6 +4,7 @@ import asyncio
 import json
 import logging
 from collections.abc import Callable
+from functools import cache
 
 from llmasos.config import ANNOUNCE_EVERY_S, LEASE_S
 from llmasos.errors import ConnectionLostError
@@ -12,6 +13,11 @@ from llmasos.routing.directory import MODELS_TOPIC, model_topic
 from llmasos.routing.records import PeerRecord, PeerState
 
 log = logging.getLogger(__name__)
+
+
+@cache
+def _index_entry(model: str) -> bytes:
+    return json.dumps({"model": model}).encode()
 
 
 class Announcer:
@@ -42,7 +48,7 @@ class Announcer:
     async def _publish(self) -> None:
         async with self._lock:  # a round and a change of state must not overtake each other
             record = self._describe(self._state)
-            index = json.dumps({"model": record.model}).encode()
+            index = _index_entry(record.model)
             try:
                 stored = await self._network.publish(model_topic(record.model), record.to_bytes(), LEASE_S)
                 stored &= await self._network.publish(MODELS_TOPIC, index, LEASE_S)

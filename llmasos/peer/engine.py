@@ -6,7 +6,8 @@ scheduler decides what it runs, the runner runs it.
 
 import asyncio
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+
+import msgspec
 
 from llmasos.config import PREFIX_PAGE_TOKENS
 from llmasos.history import History
@@ -28,8 +29,7 @@ WORTH_WAITING = 0.5
 Done = Callable[[Tensor | Fault, Spent], None]
 
 
-@dataclass(slots=True)
-class _Pending:
+class _Pending(msgspec.Struct):
     """A step whose rows have not all run, and what came of those that have."""
 
     span: Span
@@ -37,7 +37,7 @@ class _Pending:
     done: Done
     came_at: float
     computed_s: float = 0.0
-    parts: list[Tensor] = field(default_factory=list)
+    parts: list[Tensor] = msgspec.field(default_factory=list)
 
     def spent(self, now: float) -> Spent:
         """How long it waited and was computed, in microseconds; what a clock that was set makes of it fits the wire."""

@@ -6,7 +6,9 @@ measured to take. Both pass `tests/contract/test_runner.py`. Nothing outside the
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple, Protocol
+from typing import Protocol
+
+import msgspec
 
 from llmasos.config import DType
 from llmasos.span import Span
@@ -16,7 +18,7 @@ BUSY_ROWS = 16
 """The batch at which a peer's throughput is stated: up to here a pass costs little more than for one row."""
 
 
-class Chunk(NamedTuple):
+class Chunk(msgspec.Struct, frozen=True):
     """Rows of one session for the blocks `span`, at the positions `[position, position + hidden.tokens)`."""
 
     session: str

@@ -17,7 +17,8 @@ Laws, checked by `check()` and by the property test:
 
 from collections import deque
 from dataclasses import dataclass, field
-from typing import NamedTuple
+
+import msgspec
 
 DECODE_ROWS = 16
 """A step of at most this many rows counts as decoding (one token, or a speculated handful): it goes before prompts."""
@@ -40,8 +41,7 @@ class GapError(Exception):
     """A step begins behind the end of what its session will have cached by then."""
 
 
-@dataclass(slots=True)
-class _Work:
+class _Work(msgspec.Struct):
     """One step that waits; `done` of its rows have run."""
 
     step: int
@@ -73,7 +73,7 @@ class _Session:
         return self.queue[-1].position + self.queue[-1].tokens if self.queue else self.cached
 
 
-class Slice(NamedTuple):
+class Slice(msgspec.Struct, frozen=True):
     """Rows `[offset, offset + tokens)` of one step, for the positions from `position` on.
 
     The step `decodes` if it is a token, or a few guesses; the end of a prompt does not. Its session `returns` with a
@@ -141,7 +141,7 @@ class Scheduler:
     def queued_tokens_of(self, session: str) -> int:
         """Rows of one session that have not run; 0 for a session that is gone."""
         entry = self._sessions.get(session)
-        return sum(work.left for work in entry.queue) if entry and entry.queue else 0
+        return sum([work.left for work in entry.queue]) if entry is not None and entry.queue else 0
 
     def admit(self, session: str, tokens: int) -> None:
         """Reserve room for `tokens` cached tokens. Raises KvFullError."""

@@ -211,7 +211,7 @@ class PeerSession:
 
     def _plain(self, rows: Tensor) -> Tensor:
         """The rows as the engine takes them. Those of another width it refuses, so that they need not be unpacked."""
-        return unpack(rows) if rows.hidden == self._engine.runner.hidden_size else rows
+        return rows if rows.codec == "exact" or rows.hidden != self._engine.runner.hidden_size else unpack(rows)
 
     # --- what the engine made of a step ----------------------------------------------------------------------------
 

@@ -117,7 +117,7 @@ class Health:
         self.tickets = Tickets()
         """Where sessions of ours run."""
         self._typical_rtt_s: float | None = DEFAULT_RTT_S  # None: to be computed again; …
-        self._nearest_rtt_s: float | None = DEFAULT_RTT_S  # … so here
+        self._nearest_rtt_s: float | None = None  # … so here
         self._steps = FEW_STEPS  # of all hops, …
         self._losses = 0.0  # … and sessions that were lost on them
 
@@ -131,8 +131,14 @@ class Health:
 
     def saw_rtt(self, peer: str, seconds: float, now: float) -> None:
         """A round trip of a small message took `seconds`."""
-        self._touch(peer).rtt_s.add(max(0.0, seconds), now)
-        self._typical_rtt_s = self._nearest_rtt_s = None
+        rtt_s = self._touch(peer).rtt_s
+        before_s = rtt_s.value
+        rtt_s.add(max(0.0, seconds), now)
+        self._typical_rtt_s = None
+        if self._nearest_rtt_s is not None and rtt_s.value <= self._nearest_rtt_s:
+            self._nearest_rtt_s = rtt_s.value
+        elif before_s == self._nearest_rtt_s:
+            self._nearest_rtt_s = None
 
     def saw_load(self, peer: str, load: Load) -> None:
         """It said how busy it is."""
@@ -278,8 +284,9 @@ class Health:
     def nearest_rtt_s(self) -> float:
         """What to hope for of a peer that was never measured: to be as near as the nearest."""
         if self._nearest_rtt_s is None:
-            known = (peer.rtt_s.value for peer in self._peers.values() if peer.rtt_s.known)
-            self._nearest_rtt_s = min(known, default=DEFAULT_RTT_S)
+            self._nearest_rtt_s = min((peer.rtt_s.value for peer in self._peers.values() if peer.rtt_s.known), default=None)
+            if self._nearest_rtt_s is None:
+                return DEFAULT_RTT_S
         return self._nearest_rtt_s
 
     def _hoped_rtt_s(self, rtt: _RoundTrip, now: float) -> float:
@@ -296,4 +303,5 @@ class Health:
             # the longest unused first, and one that we have sessions on only when there is no other
             others = [name for name in self._peers if name != peer]
             del self._peers[next((name for name in others if not self.tickets.on(name)), others[0])]
+            self._nearest_rtt_s = None  # it may have been that one
         return known

@@ -103,18 +103,9 @@ def _unbeaten(bids: list[Bid], at: int, last: int) -> list[Bid]:
     return best
 
 
-class Quote(NamedTuple):
-    """What a peer of which we know more than its record says asks for this request."""
-
-    fixed_s: float
-    rate_s: float
-    link_s: float
-    hoped_s: float
-    """What of `link_s` may be saved if it is nearer by now."""
-    proven: bool
-    start: int
-    end: int
-    record: PeerRecord
+Quote = tuple[float, float, float, float, bool, int, int, PeerRecord]
+"""What a peer of which we know more than its record says asks for this request: `fixed_s`, `rate_s`, its link, what of
+that may be saved if it is nearer by now, whether it is proven, its first block and the last, its record."""
 
 
 class Market:
@@ -159,7 +150,7 @@ class Market:
             fixed_s, rate_s, link_s = hop_price(record, work, seen)
             hoped_s = work.trips_s(seen.rtt_s - seen.hoped_rtt_s)
             start, last = record.span.start, min(record.span.end, end)
-            self._quotes.append(Quote(fixed_s, rate_s, link_s + risk_s, hoped_s, seen.proven, start, last, record))
+            self._quotes.append((fixed_s, rate_s, link_s + risk_s, hoped_s, seen.proven, start, last, record))
 
     def open(self, *, hopeful: bool, spread: float) -> None:
         """Toss the coins of a new plan; whom nobody has measured is `hopeful`ly near, or as far as is typical."""
