@@ -33,6 +33,9 @@ LEASE_S = 20.0
 """Life of a record. A killed peer is gone from every view after at most this long (the promise is 30 s)."""
 ANNOUNCE_EVERY_S = LEASE_S / 3
 """A record survives two lost announcements."""
+INDEX_LEASE_S = 3 * LEASE_S
+"""Life of a peer's entry in the list of models, which is renewed as a record is. The name says nothing of the peer, and
+all peers of all models write it under one key: so it is written less often, and may outlive the last of them."""
 MAX_LEASE_S = 120.0
 """A record that claims to live longer than this is refused, so that nobody can pin a ghost."""
 MAX_RECORD_BYTES = 2_048

@@ -112,7 +112,9 @@ class VirtualLoop(asyncio.BaseEventLoop):
         context: contextvars.Context | None = None,
     ) -> asyncio.TimerHandle:
         """The same, `delay` seconds from now."""
-        return self.call_at(self._now + delay, callback, *args, context=context)
+        timer = _Timer(copy_context() if context is None else context, callback, args, loop=self)
+        heapq.heappush(self._timers, (self._now + delay, next(self._ages), timer))
+        return timer  # type: ignore[return-value]
 
     def call_soon(
         self,
@@ -146,9 +148,14 @@ class VirtualLoop(asyncio.BaseEventLoop):
                 timers[:] = [entry for entry in timers if not entry[2].is_cancelled]
                 heapq.heapify(timers)
                 self.cancelled_timers = 0
-            if not ready and not self._stopping:
-                self._move_time()
             now = self._now
+            if not ready and not self._stopping:  # on to the next timer that has not been cancelled
+                while timers and timers[0][2].is_cancelled:
+                    heapq.heappop(timers)
+                    self.cancelled_timers -= 1
+                if not timers:
+                    raise DeadlockError(f"at {now:.6f} s nothing is ready and no timer is set\n{self.waiting()}")
+                self._now = now = max(now, timers[0][0])
             while timers and timers[0][0] <= now:
                 timer = heapq.heappop(timers)[2]
                 timer.loop = None
@@ -169,16 +176,6 @@ class VirtualLoop(asyncio.BaseEventLoop):
                     self.call_exception_handler({"message": problem, "exception": error, "handle": handle})
             if self._stopping:
                 return
-
-    def _move_time(self) -> None:
-        """On to the next timer that has not been cancelled."""
-        timers = self._timers
-        while timers and timers[0][2].is_cancelled:
-            heapq.heappop(timers)
-            self.cancelled_timers -= 1
-        if not timers:
-            raise DeadlockError(f"at {self._now:.6f} s nothing is ready and no timer is set\n{self.waiting()}")
-        self._now = max(self._now, timers[0][0])
 
     def run_in_executor(self, executor: Any, func: Callable[[Unpack[Ts]], T], *args: *Ts) -> "asyncio.Future[T]":
         """Refused: what a thread does takes real time, and its end could not be replayed."""

@@ -4,9 +4,8 @@ import asyncio
 import json
 import logging
 from collections.abc import Callable
-from functools import cache
 
-from llmasos.config import ANNOUNCE_EVERY_S, LEASE_S
+from llmasos.config import ANNOUNCE_EVERY_S, INDEX_LEASE_S, LEASE_S
 from llmasos.errors import ConnectionLostError
 from llmasos.network import Network
 from llmasos.routing.directory import MODELS_TOPIC, model_topic
@@ -15,18 +14,16 @@ from llmasos.routing.records import PeerRecord, PeerState
 log = logging.getLogger(__name__)
 
 
-@cache
-def _index_entry(model: str) -> bytes:
-    return json.dumps({"model": model}).encode()
-
-
 class Announcer:
-    """Publishes the record that `describe(state)` gives: at once when the state changes, and well within its lease."""
+    """Publishes the record that `describe(state)` gives: at once when the state changes, and well within its lease; and
+    lists the model, so that strangers find it.
+    """
 
     def __init__(self, network: Network, describe: Callable[[PeerState], PeerRecord]) -> None:
         self._network = network
         self._describe = describe
         self._state = PeerState.JOINING
+        self._listed_until = 0.0  # the model, in the list of models (network time)
         self._lock = asyncio.Lock()
 
     @property
@@ -48,10 +45,14 @@ class Announcer:
     async def _publish(self) -> None:
         async with self._lock:  # a round and a change of state must not overtake each other
             record = self._describe(self._state)
-            index = _index_entry(record.model)
             try:
                 stored = await self._network.publish(model_topic(record.model), record.to_bytes(), LEASE_S)
-                stored &= await self._network.publish(MODELS_TOPIC, index, LEASE_S)
+                if record.announced_at >= self._listed_until - 2 / 3 * INDEX_LEASE_S:
+                    entry = json.dumps({"model": record.model}).encode()
+                    listed = await self._network.publish(MODELS_TOPIC, entry, INDEX_LEASE_S)
+                    if listed:
+                        self._listed_until = record.announced_at + INDEX_LEASE_S
+                    stored &= listed
             except ConnectionLostError as error:  # our own daemon is gone; who runs the peer watches for that
                 log.debug("not announced: %s", error.message)
                 return

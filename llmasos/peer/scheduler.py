@@ -126,6 +126,8 @@ class Scheduler:
     @property
     def missing_mates(self) -> int:
         """How many sessions got an answer in the same pass as one that waits now, and have not come back."""
+        if len(self._sessions) < 2:
+            return 0
         sessions = self._sessions.values()
         passes = {session.answered_in for session in sessions if session.queue and session.answered_in >= 0}
         return sum(1 for session in sessions if not session.queue and session.answered_in in passes)

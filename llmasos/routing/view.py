@@ -76,6 +76,16 @@ class Pool:
         if not ranked:
             del self.starts[record.span.start]
 
+    def replace(self, record: PeerRecord, offer: Offer) -> None:
+        """Put an offer in the place of the one that was made of this record of the same peer."""
+        span, old_s = record.span, step_seconds(record)
+        if offer.record.span != span or offer.step_s != old_s:
+            self.remove(record)
+            self.add(offer)
+            return
+        ranked, peer = self.starts[span.start], record.peer
+        ranked[bisect_left(ranked, (old_s, peer))] = (old_s, peer, span.end, offer.row_s, offer)
+
 
 class Lease(NamedTuple):
     """What a peer last announced for a model, and when that expires (network time)."""
@@ -117,8 +127,7 @@ class SwarmView:
                 self._models[record.model][record.peer] = Lease(record, lease_ends)
                 if record.state is PeerState.ONLINE:
                     pool = self._pools[record.model][_checkpoint(record)][_numerics(record)]
-                    pool.remove(known.record)
-                    pool.add(make_offer(record, lease_ends))
+                    pool.replace(known.record, make_offer(record, lease_ends))
                 return True
             self.remove(record.peer, record.model)
         self._models.setdefault(record.model, {})[record.peer] = Lease(record, lease_ends)
