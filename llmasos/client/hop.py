@@ -4,6 +4,7 @@ import asyncio
 import logging
 
 from llmasos.config import PONG_TIMEOUT_S, PREFIX_PAGE_TOKENS, SEND_TIMEOUT_S, SLOW_LINK_BYTES_PER_S
+from llmasos.deadlines import within
 from llmasos.errors import (
     ConnectionLostError,
     PeerError,
@@ -83,8 +84,7 @@ class HopLink:
         assert self._stream is not None, "only hops that were opened are sent to"
         frame = encode(message)
         try:
-            async with asyncio.timeout(SEND_TIMEOUT_S + len(frame) / SLOW_LINK_BYTES_PER_S):
-                await self._stream.send(frame)
+            await within(SEND_TIMEOUT_S + len(frame) / SLOW_LINK_BYTES_PER_S, self._stream.send(frame))
         except TimeoutError:
             raise PeerTimeoutError(self.plan.peer, "takes nothing in") from None
 

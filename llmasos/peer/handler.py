@@ -13,6 +13,7 @@ from weakref import WeakValueDictionary
 
 from llmasos.codec import CODECS
 from llmasos.config import ATTACH_TIMEOUT_S, SESSION_LEASE_S
+from llmasos.deadlines import Silence, within
 from llmasos.errors import ConnectionLostError, UsageError, short_id
 from llmasos.logs import about, session_label
 from llmasos.network import Network, Stream
@@ -176,24 +177,25 @@ class Handler:
 
     async def _read_client(self, stream: Stream, session: PeerSession) -> None:
         """Take the client's frames until it closes, falls silent for a lease, or breaks the protocol."""
-        while True:
-            async with asyncio.timeout(SESSION_LEASE_S):
+        async with Silence(SESSION_LEASE_S) as silence:
+            while True:
+                silence.begins()
                 message = decode(await stream.receive())
-            match message:
-                case Step():
-                    await session.accept(message)
-                case Ping():
-                    async with asyncio.timeout(SESSION_LEASE_S):  # who does not read must not keep the lease by it
-                        await stream.send(encode(session.pong(message)))
-                case Reroute():
-                    session.reroute(message)
-                case Replay():
-                    await session.replay(message)
-                case Close():
-                    return
-                case _:
-                    await _refuse(stream, f"a client cannot send {type(message).__name__}")
-                    return
+                silence.ends()
+                match message:
+                    case Step():
+                        await session.accept(message)
+                    case Ping():  # who does not read must not keep the lease by it
+                        await within(SESSION_LEASE_S, stream.send(encode(session.pong(message))))
+                    case Reroute():
+                        session.reroute(message)
+                    case Replay():
+                        await session.replay(message)
+                    case Close():
+                        return
+                    case _:
+                        await _refuse(stream, f"a client cannot send {type(message).__name__}")
+                        return
 
     # --- the previous hop of a session -------------------------------------------------------------------------------
 
