@@ -1,5 +1,5 @@
-"""Deadlines for what hardly ever misses one: `asyncio.timeout` sets a timer and cancels it again for each wait, which is
-dearer than most of the waits that a frame takes.
+"""Deadlines for what hardly ever misses one: `asyncio.timeout` sets and cancels a timer for each wait, which is dearer
+than most of the waits that a frame takes.
 """
 
 import asyncio
@@ -58,10 +58,10 @@ class Silence:
 
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> bool | None:
+    ) -> None:
         if self._timer is not None:
             self._timer.cancel()
-        return await self._limit.__aexit__(kind, error, trace)
+        await self._limit.__aexit__(kind, error, trace)
 
     def begins(self) -> None:
         """From now on nothing is heard."""

@@ -73,7 +73,7 @@ class VirtualLoop(asyncio.BaseEventLoop):
     Timers stand in the heap as (when, age, handle): compared in C, and those of one moment by age.
     """
 
-    _ready: "deque[_Handle]"  # type: ignore[assignment]
+    _ready: "deque[_Handle]"
     _stopping: bool
 
     def __init__(self, start: float = 0.0) -> None:

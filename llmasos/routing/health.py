@@ -284,7 +284,8 @@ class Health:
     def nearest_rtt_s(self) -> float:
         """What to hope for of a peer that was never measured: to be as near as the nearest."""
         if self._nearest_rtt_s is None:
-            self._nearest_rtt_s = min((peer.rtt_s.value for peer in self._peers.values() if peer.rtt_s.known), default=None)
+            known = (peer.rtt_s.value for peer in self._peers.values() if peer.rtt_s.known)
+            self._nearest_rtt_s = min(known, default=None)
             if self._nearest_rtt_s is None:
                 return DEFAULT_RTT_S
         return self._nearest_rtt_s

@@ -157,7 +157,8 @@ class Market:
         self._spread = spread
         rtt_s = self._health.nearest_rtt_s if hopeful else self._health.typical_rtt_s
         self._link_s = self._work.link_s(rtt_s) + self._risk_s
-        self._known_bids = bids = {}
+        bids: dict[int, list[Bid]] = {}
+        self._known_bids = bids
         draw, typical_wait_s, typical_rate_s = self._draw, self._typical_wait_s, self._typical_rate_s
         for fixed_s, rate_s, link_s, hoped_s, proven, start, end, record in self._quotes:
             if hopeful:

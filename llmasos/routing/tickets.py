@@ -4,9 +4,9 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-MEMORY_S = 30.0
-"""Seconds of sessions that weigh as much as all before: a busy gateway has learned in seconds, one with a text now and
-then in minutes."""
+MEMORY_S = 60.0
+"""Seconds of sessions after which what was before counts half: a busy gateway has learned in seconds, one with a text
+now and then in minutes. Of 20, 30, 45, 60 and 90 the best for one that has hardly any (docs/log.md)."""
 USUAL_COMPANY = 1.0
 """Before there is anything to go by: as if we were busy."""
 
@@ -67,5 +67,5 @@ class Tickets:
         sessions = len(self._by_session)
         if sessions and now > self._counted_at:
             lived_s = sessions * (now - self._counted_at)
-            self._company += lived_s / (lived_s + MEMORY_S) * (sessions - 1 - self._company)
+            self._company += (1.0 - 0.5 ** (lived_s / MEMORY_S)) * (sessions - 1 - self._company)
         self._counted_at = max(self._counted_at, now)

@@ -220,7 +220,7 @@ def test_what_company_our_sessions_have_is_known_to_prices_as_one_at_most() -> N
     health = Health()
     health.opened("alice", "a", 300, NOW)
     assert health.observed("alice", NOW, since=NOW).company == 1.0  # nothing is known yet
-    assert health.observed("alice", NOW + 300, since=NOW).company == pytest.approx(1 / 11)  # 300 s alone
+    assert health.observed("alice", NOW + 300, since=NOW).company == pytest.approx(1 / 32)  # 300 s alone
     for session in "bcd":
         health.opened("bob", session, 300, NOW + 300)
     assert health.observed("bob", NOW + 3_000, since=NOW).company == 1.0

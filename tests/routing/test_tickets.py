@@ -19,7 +19,17 @@ def test_many_sessions_are_soon_known_to_be_many() -> None:
     tickets = Tickets()
     for session in range(16):
         tickets.open("alice", str(session), 7, NOW)
-    assert tickets.company(NOW + 2.0) > 8  # 32 seconds of sessions, each with fifteen others
+    assert tickets.company(NOW + MEMORY_S / 16) == pytest.approx(8)  # a minute of sessions, each with fifteen others
+
+
+def test_it_does_not_matter_how_often_one_asks() -> None:
+    asked, left = Tickets(), Tickets()
+    for tickets in (asked, left):
+        for session in range(3):
+            tickets.open("alice", str(session), 7, NOW)
+    for second in range(40):
+        asked.company(NOW + second)
+    assert asked.company(NOW + 40) == pytest.approx(left.company(NOW + 40))
 
 
 def test_time_without_a_session_says_nothing() -> None:

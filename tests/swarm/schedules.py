@@ -21,7 +21,6 @@ from unittest import mock
 
 from llmasos.client.session import Session
 from llmasos.config import SESSION_LEASE_S, PeerConfig
-from llmasos.span import Span
 from sim import stream
 from sim.loop import run
 from sim.network import SimSwarm, peer_of
