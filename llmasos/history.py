@@ -26,7 +26,8 @@ class History:
             self.cut(position)
         if position > self.length:
             raise ValueError(f"rows at {position}, but the history ends at {self.length}")
-        if tokens := rows.tokens:
+        tokens, _ = rows.shape
+        if tokens:
             self._starts.append(position)
             self._parts.append(rows)
             self.length = position + tokens

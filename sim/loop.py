@@ -63,8 +63,8 @@ class _Timer(_Handle, kw_only=True):
     def cancel(self) -> None:
         if self.loop is not None and not self.is_cancelled:
             self.loop.cancelled_timers += 1
+            self.callback, self.args = _nothing, ()
         self.is_cancelled = True
-        self.callback, self.args = _nothing, ()
 
 
 class VirtualLoop(asyncio.BaseEventLoop):

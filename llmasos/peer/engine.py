@@ -135,7 +135,8 @@ class Engine:
                 await self._gather()
                 continue
             decoding = [piece.decodes for piece in batch]
-            wait_s = self._worth_waiting_s(any(decoding))
+            begin = self._clock()
+            wait_s = self._worth_waiting_s(begin, decoding=any(decoding))
             if wait_s > 0:
                 if await self._somebody_returned(wait_s):
                     continue
@@ -143,8 +144,8 @@ class Engine:
                 if not batch:
                     continue
                 decoding = [piece.decodes for piece in batch]
+                begin = self._clock()
             self._running = {piece.session for piece in batch}
-            begin = self._clock()
             results = await self.runner.run([self._chunk(piece) for piece in batch])
             end = self._clock()
             self.passes += 1
@@ -171,13 +172,13 @@ class Engine:
 
         Without this the first would run alone, the others behind it, and every weight would be read twice from then on.
         """
-        while self.scheduler.missing_mates and not self._worth_waiting_s(decoding=True):
+        while self.scheduler.missing_mates and not self._worth_waiting_s(self._clock(), decoding=True):
             waiting = self.scheduler.waiting_sessions
             await asyncio.sleep(GATHER * self._decode_pass_s)
             if self.scheduler.waiting_sessions == waiting:
                 return
 
-    def _worth_waiting_s(self, decoding: bool) -> float:
+    def _worth_waiting_s(self, now: float, *, decoding: bool) -> float:
         """How long a pass had better wait for those who decode and are about to be back.
 
         One over prompts alone would make their tokens wait for all of it. One in which others decode reads the weights
@@ -185,8 +186,8 @@ class Engine:
         """
         if decoding:
             alone_s = self._pace.alone_s if self._pace is not None else 0.0
-            return self._absences.wait_s(self._clock(), alone_s, away_s=alone_s)
-        return self._absences.wait_s(self._clock(), WORTH_WAITING * self._prompt_pass_s)
+            return self._absences.wait_s(now, alone_s, away_s=alone_s)
+        return self._absences.wait_s(now, WORTH_WAITING * self._prompt_pass_s)
 
     async def _somebody_returned(self, wait_s: float) -> bool:
         """Within that time."""

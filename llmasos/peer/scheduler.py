@@ -252,12 +252,12 @@ class Scheduler:
 def _fill(chosen: list[Slice], heads: list[tuple[str, _Work]], room: int) -> int:
     """Choose as many rows of these steps as there is room for; returns the room that is left."""
     for name, work in heads:
-        left = work.left
+        done, decodes = work.done, work.decodes
+        left = work.tokens - done
         rows = min(left, room)
         if rows or not left:
-            position = work.position + work.done
             completes = rows == left
-            returns = completes and (work.decodes or work.answered)
-            chosen.append(Slice(name, work.step, position, work.done, rows, completes, work.decodes, returns))
+            returns = completes and (decodes or work.answered)
+            chosen.append(Slice(name, work.step, work.position + done, done, rows, completes, decodes, returns))
             room -= rows
     return room

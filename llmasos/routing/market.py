@@ -11,7 +11,7 @@ from operator import itemgetter
 from random import Random
 from typing import NamedTuple
 
-from llmasos.routing.cost import Work, hop_price
+from llmasos.routing.cost import hop_price
 from llmasos.routing.health import Health
 from llmasos.routing.missing import refusal
 from llmasos.routing.records import PeerRecord
@@ -21,8 +21,6 @@ from llmasos.routing.view import Checkpoint, Numerics, Pool, Ranked, SwarmView
 SPREAD = 0.25
 """Routes within a quarter of the cheapest count as equal: announced loads are up to ANNOUNCE_EVERY_S old, and measured
 speeds repeat within 10 - 20 % on a shared machine."""
-SAMPLE = 255
-"""Offers looked at to tell what is typical: its median is then within 3 % of the true rank, two times in three."""
 
 _INFINITE = float("inf")
 _REACH = itemgetter(2)
@@ -132,7 +130,8 @@ class Market:
         self._health = health
         self._spread = self._link_s = 0.0
         self._risk_s = risk_s = work.risk_s(health.losses_per_step)  # of any hop
-        self._typical_wait_s, self._typical_rate_s = _typical(self._pools, work)
+        most = max(self._pools, key=len, default=Pool())
+        self._typical_wait_s, self._typical_rate_s = most.typical(work)
         # Peers of which we know more than their records say are asked one by one; with pins there are no others.
         self._known = request.exclude.union(health)
         self._known_bids: dict[int, list[Bid]] = {}
@@ -236,15 +235,3 @@ class Market:
                     rivals.add(bid)
                     heard.append(bid)
         return heard
-
-
-def _typical(pools: Sequence[Pool], work: Work) -> tuple[float, float]:
-    """The waiting in the middle of what is claimed, and the price per block; of two the higher."""
-    stride = max(1, sum(map(len, pools)) // SAMPLE)
-    sample = [offer for pool in pools for offer in pool.offers(stride)]
-    if not sample:
-        return 0.0, 0.0
-    steps, prompt, chunks = work.new_tokens, work.prompt_tokens, work.chunks
-    wait_s = sorted([queue_s + steps * residual_s for _, _, _, _, _, queue_s, residual_s, _ in sample])
-    rate_s = sorted([steps * step_s + chunks * block_s + prompt * row_s for _, _, block_s, row_s, step_s, *_ in sample])
-    return wait_s[len(sample) // 2], rate_s[len(sample) // 2]

@@ -17,12 +17,16 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 from llmasos.config import LEASE_S, MAX_LEASE_S
-from llmasos.routing.cost import Offer, make_offer, step_seconds
+from llmasos.routing.cost import Offer, Work, make_offer, step_seconds
 from llmasos.routing.records import PeerRecord, PeerState
 from llmasos.span import Span, gaps
 
 MAX_RECORDS = 100_000
 """Records held, about 2 kB each; beyond it newcomers wait until others expire. Ten times the largest tested swarm."""
+
+
+SAMPLE = 255
+"""Offers looked at to tell what is typical: its median is then within 3 % of the true rank, two times in three."""
 
 
 class Checkpoint(NamedTuple):
@@ -50,6 +54,7 @@ class Pool:
 
     starts: dict[int, list[Ranked]] = field(default_factory=dict)
     size: int = 0
+    _typical: tuple[Work, float, float] | None = None  # what was asked for since the last change
 
     def __len__(self) -> int:
         return self.size
@@ -62,14 +67,27 @@ class Pool:
                 yield entry[-1]
             skip = (skip - len(ranked)) % stride
 
+    def typical(self, work: Work) -> tuple[float, float]:
+        """The waiting in the middle of what is claimed, and the price per block; of two the higher. Seconds."""
+        if self._typical is None or self._typical[0] != work:
+            sample = list(self.offers(max(1, self.size // SAMPLE)))
+            steps, prompt, chunks = work.new_tokens, work.prompt_tokens, work.chunks
+            wait_s = sorted([offer.queue_s + steps * offer.residual_s for offer in sample])
+            rate_s = sorted([steps * offer.step_s + chunks * offer.block_s + prompt * offer.row_s for offer in sample])
+            middle = len(sample) // 2
+            self._typical = (work, wait_s[middle], rate_s[middle]) if sample else (work, 0.0, 0.0)
+        return self._typical[1:]
+
     def add(self, offer: Offer) -> None:
         """Take in an offer of a peer that has none here."""
+        self._typical = None
         span, peer = offer.record.span, offer.record.peer
         insort(self.starts.setdefault(span.start, []), (offer.step_s, peer, span.end, offer.row_s, offer))
         self.size += 1
 
     def remove(self, record: PeerRecord) -> None:
         """Drop the offer that was made of this record."""
+        self._typical = None
         ranked = self.starts[record.span.start]
         del ranked[bisect_left(ranked, (step_seconds(record), record.peer))]
         self.size -= 1
@@ -83,6 +101,7 @@ class Pool:
             self.remove(record)
             self.add(offer)
             return
+        self._typical = None
         ranked, peer = self.starts[span.start], record.peer
         ranked[bisect_left(ranked, (old_s, peer))] = (old_s, peer, span.end, offer.row_s, offer)
 
@@ -116,13 +135,13 @@ class SwarmView:
         known = self._models.get(record.model, {}).get(record.peer)
         if known is None and self._size >= MAX_RECORDS:
             return False
-        if known is not None and known.record.recency > record.recency:
-            return False
         lease_ends = record.announced_at + LEASE_S if expires_at is None else expires_at
         lease_ends = min(lease_ends, record.announced_at + MAX_LEASE_S)
         if known is not None:
             if known.record is record and known.expires_at == lease_ends:
                 return True
+            if known.record.recency > record.recency:
+                return False
             if _place(known.record) == _place(record):  # as it nearly always is: only the numbers are new
                 self._models[record.model][record.peer] = Lease(record, lease_ends)
                 if record.state is PeerState.ONLINE:
