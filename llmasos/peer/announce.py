@@ -23,7 +23,7 @@ class Announcer:
         self._network = network
         self._describe = describe
         self._state = PeerState.JOINING
-        self._listed_until = 0.0  # the model, in the list of models (network time)
+        self._listed_at = float("-inf")  # when the list of models was last told of ours (network time)
         self._lock = asyncio.Lock()
 
     @property
@@ -47,11 +47,11 @@ class Announcer:
             record = self._describe(self._state)
             try:
                 stored = await self._network.publish(model_topic(record.model), record.to_bytes(), LEASE_S)
-                if record.announced_at >= self._listed_until - 2 / 3 * INDEX_LEASE_S:
+                if not 0 <= record.announced_at - self._listed_at < INDEX_LEASE_S / 3:  # below: our clock was set back
                     entry = json.dumps({"model": record.model}).encode()
                     listed = await self._network.publish(MODELS_TOPIC, entry, INDEX_LEASE_S)
                     if listed:
-                        self._listed_until = record.announced_at + INDEX_LEASE_S
+                        self._listed_at = record.announced_at
                     stored &= listed
             except ConnectionLostError as error:  # our own daemon is gone; who runs the peer watches for that
                 log.debug("not announced: %s", error.message)

@@ -13,18 +13,21 @@ from sim.swarm import SimCluster, SimModel
 MODEL = SimModel(blocks=6)
 
 
-def test_the_list_of_models_is_written_less_often_than_the_record_and_never_lacks_the_model(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    written: list[str] = []
+@pytest.fixture
+def written(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The topics that anybody has written to, in order."""
+    topics: list[str] = []
     honest = SimNetwork.publish
 
     async def publish(self: SimNetwork, topic: str, value: bytes, lease_s: float) -> bool:
-        written.append(topic)
+        topics.append(topic)
         return await honest(self, topic, value, lease_s)
 
     monkeypatch.setattr(SimNetwork, "publish", publish)
+    return topics
 
+
+def test_the_list_of_models_is_written_less_often_than_the_record_and_never_lacks_the_model(written: list[str]) -> None:
     async def main() -> None:
         async with SimCluster(SimSwarm(seed=2), MODEL) as cluster:
             await cluster.start("one", "0:6")
@@ -64,6 +67,20 @@ def test_a_list_that_nobody_stored_is_written_again_with_the_next_record(monkeyp
             assert await directory.models() == [MODEL.name]
 
     run(main())
+
+
+def test_a_clock_that_is_set_back_does_not_keep_the_model_off_the_list(written: list[str]) -> None:
+    async def main() -> None:
+        async with SimCluster(SimSwarm(seed=2), MODEL) as cluster:
+            await cluster.start("one", "0:6")
+            network = cluster.peers["one"].network
+            assert isinstance(network, SimNetwork)
+            network.skew_s = -300.0
+            written.clear()
+            await asyncio.sleep(1.5 * ANNOUNCE_EVERY_S)
+            assert written.count(MODELS_TOPIC) == 1
+
+    run(main(), start=1_000.0)
 
 
 def test_of_a_killed_peer_the_name_of_its_model_stays_longest() -> None:
