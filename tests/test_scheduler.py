@@ -223,7 +223,9 @@ class Machine(RuleBasedStateMachine):
             rows = [(piece.step, piece.position + row) for row in range(piece.tokens)]
             assert self.waiting[piece.session][: len(rows)] == rows
             del self.waiting[piece.session][: len(rows)]
-            self.cached[piece.session] = piece.position + piece.tokens
+            # what of a step has run counts when all of it has: until then it is not there for who abandons it
+            done = piece.offset + piece.tokens if piece.completes else 0
+            self.cached[piece.session] = piece.position - piece.offset + done
         for name, rows in self.waiting.items():
             decoding = 0 < sum(1 for row in rows if row[0] == rows[0][0]) <= DECODE_ROWS
             self.passed_over[name] = self.passed_over.get(name, 0) + 1 if decoding and name not in served else 0
