@@ -65,15 +65,18 @@ def tell(head: Sequence[str], rows: Iterable[Sequence[str]], *, left: Collection
     talk.print(table)
 
 
+def _form(description: str, example: str) -> dict[str, Any]:
+    return {
+        "description": description,
+        "epilog": f"example:\n{example}",
+        "formatter_class": RawDescriptionHelpFormatter,
+        "allow_abbrev": False,
+    }
+
+
 def parser(prog: str, description: str, example: str) -> ArgumentParser:
     """An argument parser whose help ends with an example. No option is short for another: `--seed` is not `--seeds`."""
-    made = ArgumentParser(
-        prog=prog,
-        description=description,
-        epilog=f"example:\n{example}",
-        formatter_class=RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
+    made = ArgumentParser(prog=prog, **_form(description, example))
     made.add_argument("--debug", action="store_true", help=DEBUG_HELP)
     return made
 
@@ -83,10 +86,7 @@ def subcommand(commands: Any, name: str, description: str, example: str) -> Argu
     made: ArgumentParser = commands.add_parser(
         name,
         help=description,
-        description=description,
-        epilog=f"example:\n{example}",
-        formatter_class=RawDescriptionHelpFormatter,
-        allow_abbrev=False,
+        **_form(description, example),
     )
     made.add_argument("--debug", action="store_true", default=SUPPRESS, help=DEBUG_HELP)
     return made

@@ -22,15 +22,13 @@ class History:
 
     def write(self, position: int, rows: Tensor) -> None:
         """Put `rows` at `position`, dropping everything from there on. Raises ValueError when that leaves a hole."""
-        if position < self.length:
-            self.cut(position)
+        self.cut(position)
         if position > self.length:
             raise ValueError(f"rows at {position}, but the history ends at {self.length}")
-        tokens, _ = rows.shape
-        if tokens:
+        if rows.tokens:
             self._starts.append(position)
             self._parts.append(rows)
-            self.length = position + tokens
+            self.length = position + rows.tokens
 
     def cut(self, length: int) -> None:
         """Drop the rows from position `length` on."""

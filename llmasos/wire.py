@@ -102,7 +102,7 @@ class Tensor(msgspec.Struct, frozen=True, omit_defaults=True):
 
     def rows(self, start: int, end: int) -> "Tensor":
         """The rows `[start, end)`, as a view."""
-        if start == 0 and end == self.shape[0]:
+        if start == 0 and end == self.tokens:
             return self
         each = row_bytes(self.hidden, self.dtype, self.codec)
         return Tensor(self.dtype, (end - start, self.hidden), self.data[start * each : end * each], self.codec)

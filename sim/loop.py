@@ -112,9 +112,7 @@ class VirtualLoop(asyncio.BaseEventLoop):
         context: contextvars.Context | None = None,
     ) -> asyncio.TimerHandle:
         """The same, `delay` seconds from now."""
-        timer = _Timer(copy_context() if context is None else context, callback, args, loop=self)
-        heapq.heappush(self._timers, (self._now + delay, next(self._ages), timer))
-        return timer  # type: ignore[return-value]
+        return self.call_at(self._now + delay, callback, *args, context=context)
 
     def call_soon(
         self,

@@ -34,7 +34,7 @@ class Outbox:
 
     def put(self, message: AnyMessage) -> None:
         """Queue a message; it counts as the rows that it holds, and never as nothing."""
-        self._put((message,), max(message.hidden.shape[0], 1) if isinstance(message, _WITH_ROWS) else 1)
+        self._put((message,), max(message.hidden.tokens, 1) if isinstance(message, _WITH_ROWS) else 1)
 
     def put_later(self, messages: Iterable[AnyMessage]) -> None:
         """Queue messages that are made when their turn comes, one after the other; see LATER_ROWS."""

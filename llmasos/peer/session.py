@@ -126,8 +126,7 @@ class PeerSession:
 
         Raises TimeoutError when nothing of it moves for a lease: nobody takes what we send.
         """
-        if self._rows_under_way > MAX_PENDING_TOKENS:
-            await self._have_room()
+        await self._have_room()
         if self._closed:
             return
         if step.step <= self._last_step:

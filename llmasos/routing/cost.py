@@ -92,7 +92,7 @@ class Offer(NamedTuple):
 
 def make_offer(record: PeerRecord, expires_at: float) -> Offer:
     """What `record` claims, until `expires_at`."""
-    step_s, blocks = step_seconds(record), len(record.span)
+    step_s = step_seconds(record)
     return Offer(
         record.kv_free_tokens,
         expires_at,
@@ -100,7 +100,7 @@ def make_offer(record: PeerRecord, expires_at: float) -> Offer:
         record.row_seconds,
         step_s,
         record.queue_seconds,
-        residual_s(step_s * blocks, record.active_sessions * blocks / record.model_blocks),
+        residual_s(step_s, record.active_sessions, len(record.span), record.model_blocks),
         record,
     )
 
@@ -110,11 +110,12 @@ def step_seconds(record: PeerRecord) -> float:
     return record.block_seconds + record.active_sessions * CROWD_ROWS * record.row_seconds
 
 
-def residual_s(pass_s: float, busy: float) -> float:
+def residual_s(step_s: float, sessions: float, span_blocks: int, model_blocks: int) -> float:
     """A step arrives in the middle of somebody's pass on average, if there is one: likelier with more sessions, and
-    with more of the blocks, as each session is at one peer at a time. `busy` is the one times the other's share.
+    with more of the blocks, as each session is at one peer at a time.
     """
-    return 0.5 * pass_s * busy / (busy + 1)
+    busy = sessions * span_blocks / model_blocks
+    return 0.5 * step_s * span_blocks * busy / (busy + 1)
 
 
 @dataclass(frozen=True, slots=True)
@@ -188,30 +189,28 @@ _Shares = tuple[float, float, float, float, float, float, float]
 
 
 def _shares(record: PeerRecord, work: Work, observed: Observed) -> _Shares:
-    rtt_s, seen_s, evidence, failures, own, _, company, load, _, losses_per_step = observed
+    seen, load, own, company = observed.weight, observed.load, observed.own_sessions, observed.company
     block_s, row_s, span_blocks, n = record.block_seconds, record.row_seconds, len(record.span), work.new_tokens
     sessions = record.active_sessions if load is None else load.sessions
     queued_tokens = record.queued_tokens if load is None else load.queued_tokens
     crowd_s = CROWD_ROWS * row_s
     step_s = block_s + sessions * crowd_s
     # What we saw scales the claim as a whole, and already contains the waiting that it was seen with.
-    seen = evidence / (evidence + PRIOR)
-    scale = 1.0 - seen + seen * seen_s / step_s
+    scale = 1.0 - seen + seen * observed.block_s / step_s
     model_blocks = record.model_blocks
-    wait_s = residual_s(step_s * scale * span_blocks, sessions * span_blocks / model_blocks)
+    wait_s = residual_s(step_s * scale, sessions, span_blocks, model_blocks)
     own_s = own_step_s = 0.0
     if own:
         # One of ours that runs there now is halfway through on average, and leaves us alone then unless others follow;
         # only with those come prompts.
         beside = own * (1.0 + company) / 2
         own_step_s = (beside + own * company * (CROWD_ROWS - 1.0)) * row_s * scale
-        crowded_pass_s = (step_s * scale + own_step_s) * span_blocks
-        own_s = residual_s(crowded_pass_s, (sessions + beside) * span_blocks / model_blocks) - wait_s
+        own_s = residual_s(step_s * scale + own_step_s, sessions + beside, span_blocks, model_blocks) - wait_s
     return (
-        work.link_s(rtt_s),
+        work.link_s(observed.rtt_s),
         (1.0 - seen) * (queued_tokens * row_s * span_blocks + n * wait_s),
         n * own_s,
-        failures * FAILOVER_S + work.risk_s(losses_per_step),
+        observed.failures * FAILOVER_S + work.risk_s(observed.losses_per_step),
         scale * ((n + work.chunks) * block_s + work.prompt_tokens * row_s),
         n * sessions * crowd_s * scale,
         n * own_step_s,

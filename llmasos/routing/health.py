@@ -77,13 +77,11 @@ class _Ewma:
 class _RoundTrip:
     """The middle one of the latest few, of two the shorter."""
 
-    known: bool = False
     value: float = 0.0
     at: float = float("-inf")
     latest: deque[float] = field(default_factory=lambda: deque(maxlen=RTT_SAMPLES))
 
     def add(self, sample: float, now: float) -> None:
-        self.known = True
         self.latest.append(sample)
         self.value = median_low(self.latest)
         self.at = max(self.at, now)
@@ -240,7 +238,7 @@ class Health:
                 own_tokens += ticket.tokens
         near, steps = known.rtt_s, known.block_s
         return Observed(
-            near.value if near.known else self.typical_rtt_s,
+            near.value if near.latest else self.typical_rtt_s,
             steps.value,
             steps.evidence(now) if steps.weight else 0.0,
             known.recent_failures(now) if known.failures else 0.0,
@@ -248,19 +246,19 @@ class Health:
             own_tokens,
             min(1.0, self.tickets.company(now)) if own_sessions else 1.0,
             load,
-            self._hoped_rtt_s(near, now) if near.known else self.nearest_rtt_s,
+            self._hoped_rtt_s(near, now) if near.latest else self.nearest_rtt_s,
             self.losses_per_step,
         )
 
     def rtt_s(self, peer: str) -> float:
         """To a peer and back; what is typical, for one that was never measured."""
         known = self._peers.get(peer)
-        return known.rtt_s.value if known is not None and known.rtt_s.known else self.typical_rtt_s
+        return known.rtt_s.value if known is not None and known.rtt_s.latest else self.typical_rtt_s
 
     def measured(self, peer: str) -> bool:
         """Whether we know how far it is."""
         known = self._peers.get(peer)
-        return known is not None and known.rtt_s.known
+        return known is not None and bool(known.rtt_s.latest)
 
     def heard_of(self, peer: str, *, since: float) -> bool:
         """Whether it has said how busy it is since then."""
@@ -276,7 +274,7 @@ class Health:
     def typical_rtt_s(self) -> float:
         """What to expect of a peer that was never measured: it should not look nearer or farther than the known."""
         if self._typical_rtt_s is None:
-            known = [peer.rtt_s.value for peer in self._peers.values() if peer.rtt_s.known]
+            known = [peer.rtt_s.value for peer in self._peers.values() if peer.rtt_s.latest]
             self._typical_rtt_s = median(known) if len(known) >= MIN_KNOWN_RTTS else DEFAULT_RTT_S
         return self._typical_rtt_s
 
@@ -284,7 +282,7 @@ class Health:
     def nearest_rtt_s(self) -> float:
         """What to hope for of a peer that was never measured: to be as near as the nearest."""
         if self._nearest_rtt_s is None:
-            known = (peer.rtt_s.value for peer in self._peers.values() if peer.rtt_s.known)
+            known = (peer.rtt_s.value for peer in self._peers.values() if peer.rtt_s.latest)
             self._nearest_rtt_s = min(known, default=None)
             if self._nearest_rtt_s is None:
                 return DEFAULT_RTT_S

@@ -81,8 +81,7 @@ class Pool:
     def add(self, offer: Offer) -> None:
         """Take in an offer of a peer that has none here."""
         self._typical = None
-        span, peer = offer.record.span, offer.record.peer
-        insort(self.starts.setdefault(span.start, []), (offer.step_s, peer, span.end, offer.row_s, offer))
+        insort(self.starts.setdefault(offer.record.span.start, []), _ranked(offer))
         self.size += 1
 
     def remove(self, record: PeerRecord) -> None:
@@ -102,8 +101,8 @@ class Pool:
             self.add(offer)
             return
         self._typical = None
-        ranked, peer = self.starts[span.start], record.peer
-        ranked[bisect_left(ranked, (old_s, peer))] = (old_s, peer, span.end, offer.row_s, offer)
+        ranked = self.starts[span.start]
+        ranked[bisect_left(ranked, (old_s, record.peer))] = _ranked(offer)
 
 
 class Lease(NamedTuple):
@@ -306,6 +305,10 @@ def _model_status(view: SwarmView, model: str, now: float) -> dict[str, Any]:
             if record.state != PeerState.OFFLINE  # it said goodbye; its record only waits for its lease to end
         ],
     }
+
+
+def _ranked(offer: Offer) -> Ranked:
+    return offer.step_s, offer.record.peer, offer.record.span.end, offer.row_s, offer
 
 
 def _place(record: PeerRecord) -> tuple[object, ...]:
